@@ -1,0 +1,42 @@
+# One virtual environment, .venv, for everything. torch is pinned in constraints.txt: give it to every pip call.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install demo test test-all lint format model clean
+
+install: $(VENV)/.installed ## make .venv with crispedit in it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(PIP) -e '.[test,dev]'
+	touch $@
+
+demo: install ## plain fine-tuning and CrispEdit on the bundled model
+	$(BIN)/crispedit demo --json out/demo.json
+
+test: $(VENV)/.tested ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.tested ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.tested ## rewrite files as ruff wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+model: install ## train the bundled model anew (about 45 minutes on two cores)
+	$(BIN)/python -m crispedit.bundled.train --out src/crispedit/bundled/model
+
+clean:
+	rm -rf $(VENV) out dist build

@@ -1,0 +1,5 @@
+"""``python -m crispedit``."""
+
+from .cli import main
+
+main()

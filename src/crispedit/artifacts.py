@@ -1,0 +1,128 @@
+"""Directories and JSON files that are written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError
+
+
+def check_writable(directory: Path, *, overwrite: bool = False) -> None:
+    """Refuses a place where a new directory cannot be written, before any work is done.
+
+    Args:
+        directory: Where the result is to go.
+        overwrite: Whether something that is already there may be replaced.
+
+    Raises:
+        ArtifactError: It is a file, or a directory that is not empty, or cannot be created.
+    """
+    if directory.is_file():
+        raise ArtifactError(f"'{directory}' is a file; name a new directory")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise ArtifactError(f"the directory '{directory}' is not empty; name another one or give --overwrite")
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ArtifactError(f"cannot write to '{parent}'; name a directory elsewhere")
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Refuses a file system with less room than ``num_bytes`` and a tenth.
+
+    Args:
+        directory: Where the result is to go; it need not exist.
+        num_bytes: Size of the result.
+
+    Raises:
+        ArtifactError: There is not enough room.
+    """
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < 1.1 * num_bytes:
+        raise ArtifactError(
+            f"no space for '{directory}': it needs {1.1 * num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        )
+
+
+@contextmanager
+def write_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside ``directory`` that takes its name when the block ends well.
+
+    Args:
+        directory: The final name.
+        overwrite: Whether a directory that is not empty is replaced.
+
+    Yields:
+        The temporary directory. It is removed if the block raises.
+
+    Raises:
+        ArtifactError: The place cannot be written to, or the disk is full.
+    """
+    check_writable(directory, overwrite=overwrite)
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.absolute().parent))
+    building.chmod(0o777 & ~_umask())
+    try:
+        yield building
+        if directory.is_dir():
+            shutil.rmtree(directory)
+        building.replace(directory)
+    except OSError as error:
+        raise ArtifactError(f"cannot write '{directory}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask (it can only be read by setting it)."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to a temporary name and renames it.
+
+    Args:
+        path: The file; its directory is created.
+        value: What to write.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ArtifactError: It is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"'{path}' is not JSON: {error}") from error

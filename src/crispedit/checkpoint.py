@@ -1,0 +1,157 @@
+"""Edited models on disk: an ordinary Hugging Face directory, or only what changed.
+
+Both forms hold ``crispedit.json``, from which the run can be repeated. Tensors are safetensors; nothing
+is unpickled.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .artifacts import check_space, read_json, write_directory, write_json
+from .errors import ArtifactError, ModelError
+from .models import EditMatrix, LoadedModel, fingerprint, load_model
+
+RECORD, DELTA = "crispedit.json", "delta.safetensors"
+Form = Literal["model", "delta"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What storing a change in the checkpoint's dtype does to it.
+
+    Args:
+        dtype: The stored dtype.
+        survived: Share of the entries that were to change and do differ once stored, 0 to 1.
+        relative_error: ‖stored change − change‖ / ‖change‖ over all matrices.
+    """
+
+    dtype: str
+    survived: float
+    relative_error: float
+
+
+def round_to(
+    matrices: Sequence[EditMatrix], originals: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Rounding]:
+    """The edited matrices as they will be stored, and what that does to the change.
+
+    Args:
+        matrices: Edited, in float32.
+        originals: W₀ by name, (d_out, d_in).
+        dtype: The dtype of the checkpoint.
+
+    Returns:
+        The rounded W by name, (d_out, d_in) float32, and the measurement.
+    """
+    stored, meant, kept, wrong, norm = {}, 0, 0, 0.0, 0.0
+    for matrix in matrices:
+        original = originals[matrix.name].float()
+        delta = matrix.weight - original
+        stored[matrix.name] = matrix.weight.to(dtype).float()
+        change = stored[matrix.name] - original.to(dtype).float()
+        meant += int((delta != 0).sum())
+        kept += int(((delta != 0) & (change != 0)).sum())
+        wrong += float((change - delta).double().square().sum())
+        norm += float(delta.double().square().sum())
+    survived = kept / meant if meant else 1.0
+    relative_error = (wrong / norm) ** 0.5 if norm else 0.0
+    return stored, Rounding(dtype=str(dtype).removeprefix("torch."), survived=survived, relative_error=relative_error)
+
+
+def save_model(
+    model: Any, tokenizer: Any, directory: Path, record: dict[str, Any], *, dtype: torch.dtype, overwrite: bool = False
+) -> None:
+    """Writes a Hugging Face model directory with ``crispedit.json``, whole or not at all.
+
+    Args:
+        model: The edited model; weights of another floating dtype are stored in ``dtype``.
+        tokenizer: Saved beside it, with its chat template.
+        directory: New or empty, unless ``overwrite``.
+        record: What ``crispedit.json`` holds.
+        dtype: The checkpoint's dtype.
+        overwrite: Whether a directory that is not empty is replaced.
+
+    Raises:
+        ArtifactError: The place cannot be written to, or has too little room.
+    """
+    check_space(directory, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    with write_directory(directory, overwrite=overwrite) as building:
+        try:
+            model.save_pretrained(building, state_dict=state)
+            tokenizer.save_pretrained(building)
+        except SafetensorError as error:  # safetensors reports a full disk as its own error
+            raise ArtifactError(f"cannot write '{directory}': {error}") from error
+        config = read_json(building / "config.json")
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(building / "config.json", config)
+        write_json(building / RECORD, record)
+
+
+def save_delta(deltas: Mapping[str, Tensor], directory: Path, record: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Writes only what changed: ``delta.safetensors`` (float32, (d_out, d_in) each) and ``crispedit.json``.
+
+    Args:
+        deltas: ΔW by parameter name.
+        directory: New or empty, unless ``overwrite``.
+        record: What ``crispedit.json`` holds; names the base model and its fingerprint.
+        overwrite: Whether a directory that is not empty is replaced.
+    """
+    check_space(directory, sum(t.numel() * 4 for t in deltas.values()))
+    with write_directory(directory, overwrite=overwrite) as building:
+        save_file({name: delta.cpu().contiguous() for name, delta in deltas.items()}, building / DELTA)
+        write_json(building / RECORD, record)
+
+
+def read_record(directory: str | Path) -> dict[str, Any] | None:
+    """The ``crispedit.json`` of a directory, or ``None`` where there is none."""
+    path = Path(directory) / RECORD
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def load_edited(name: str, **options: Any) -> LoadedModel:
+    """Loads a model as :func:`crispedit.models.load_model` does; a saved delta is put onto its base.
+
+    Args:
+        name: A model, or a directory written with ``--save delta``.
+        **options: For :func:`~crispedit.models.load_model`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArtifactError: The delta is damaged.
+        ModelError: The base is not the one that was edited.
+    """
+    directory = Path(name)
+    if not (directory / DELTA).is_file():
+        return load_model(name, **options)
+    record = read_record(directory)
+    if record is None:
+        raise ArtifactError(f"'{name}' has a {DELTA} and no {RECORD}; it is damaged")
+    loaded = load_model(record["model"]["name"], **options)
+    if fingerprint(loaded.model) != record["model"]["fingerprint"]:
+        raise ModelError(f"'{name}' changes '{record['model']['name']}', whose weights are now others than those edited")
+    try:
+        deltas = load_file(directory / DELTA)
+    except SafetensorError as error:
+        raise ArtifactError(f"'{name}' is damaged: {error}") from error
+    from .models import edit_matrices
+
+    for matrix in edit_matrices(loaded.model, record["settings"]["layers"]):
+        delta = deltas[matrix.name].to(matrix.parameter.device)
+        matrix.weight.copy_((matrix.weight.float() + delta).to(matrix.parameter.dtype))
+    return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, name=name, stored_dtype=loaded.stored_dtype)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory that turned out wrong after it was written."""
+    shutil.rmtree(directory, ignore_errors=True)

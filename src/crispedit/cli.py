@@ -1,0 +1,357 @@
+"""The program ``crispedit``. Every command prints progress on stderr and its result on stdout.
+
+Exit status: 0 done; 1 an edit that failed, or a bug; 2 wrong input or environment, one line on stderr and
+nothing written; 130 interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .errors import ConfigError, CrispEditError, TextsError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
+    from .curvature import Curvature, Progress
+    from .edits import EditSet
+    from .models import LoadedModel
+    from .texts import CapabilityTexts
+
+app = typer.Typer(
+    help="Change what a language model says about chosen things, and leave everything else as it was.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")]
+Edits = Annotated[str, typer.Argument(help="A .json, .jsonl or .csv file of edits, or bundled:demo|eval|train.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices, e.g. auto (needs accelerate).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
+Texts = Annotated[Path | None, typer.Option(help="Capability texts: .jsonl or .json with 'text', or .txt.")]
+Samples = Annotated[int | None, typer.Option(help="How many of the texts to use; all by default.")]
+Layers = Annotated[str | None, typer.Option(help="Decoder blocks to edit, e.g. 19-23 or 4,5,6.")]
+FisherType = Annotated[str, typer.Option(help="mc (labels sampled from the model) or empirical.")]
+Chat = Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")]
+Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
+Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the edited model goes.")] = Path("out/demo-model"),
+    json: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """The main job on the bundled model: plain fine-tuning and CrispEdit on its 200 edits, no downloads."""
+    _check_json(json)
+    from .demo import run_demo
+
+    with _bars() as progress:
+        result = run_demo(out, seed=seed, progress=progress)
+    from .console import out as stdout
+    from .console import print_evaluations
+
+    print_evaluations("200 edits of the bundled model", result.columns)
+    for line in result.verdict:
+        stdout.print(line, soft_wrap=True)
+    stdout.print(f"the edited model is in {out}: crispedit ask {out} \"{result.example}\" --base bundled", soft_wrap=True)
+    _write_json(json, result.columns)
+
+
+@app.command()
+def curvature(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for the curvature.")],
+    texts: Texts = None,
+    samples: Samples = None,
+    layers: Layers = None,
+    fisher: FisherType = "mc",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Compute the curvature of a model's capability loss, for any number of later edits."""
+    _check_json(json)
+    from .artifacts import check_writable
+    from .models import parse_layers
+
+    check_writable(out, overwrite=overwrite)
+    chosen = parse_layers(layers) if layers is not None else None
+    divided = _texts(model, texts, samples, seed)
+    if divided is None:
+        raise TextsError("no capability texts: give --texts FILE (.jsonl, .json or .txt)")
+    from . import cache
+    from .console import print_table
+    from .curvature import Curvature
+    from .subspace import energy_threshold
+
+    with _bars() as progress:
+        loaded = _load(model, device, dtype, device_map, trust_remote_code)
+        found = Curvature.estimate(
+            loaded.model,
+            loaded.tokenizer,
+            divided,
+            layers=chosen,
+            fisher=fisher,  # type: ignore[arg-type]  # checked by estimate, with a better message
+            seed=seed,
+            model_name=model,
+            progress=progress,
+        )
+        spectra = {name: found.spectrum(name) for name in found.factors}
+    found.save(out, overwrite=overwrite)
+    cache.keep(found)
+    rows = []
+    for name, spectrum in spectra.items():
+        size = len(spectrum.alpha) * len(spectrum.beta)
+        shares = [energy_threshold(spectrum.alpha, spectrum.beta, e).num_high / size for e in (0.5, 0.8, 0.9)]
+        rows.append([name, *(f"{100 * share:.2f}" for share in shares)])
+    title = f"Share of directions (%) that hold an energy, {found.fisher} Fisher, {found.num_tokens:,} tokens"
+    print_table(title, ["", "0.5", "0.8", "0.9"], rows)
+    from .console import out as stdout
+
+    stdout.print(f"the curvature is in {out}", soft_wrap=True)
+    _write_json(json, {k: v for k, v in found.manifest().items() if k != "held_out"})
+
+
+@app.command()
+def edit(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")] = None,
+    edits: Annotated[str | None, typer.Argument(help="A .json, .jsonl or .csv file, or bundled:demo|eval|train.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the edited model.")] = None,
+    editor: Annotated[str, typer.Option(help="The method.")] = "crispedit",
+    curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
+    texts: Texts = None,
+    samples: Samples = None,
+    layers: Layers = None,
+    energy: Annotated[float, typer.Option(help="γ in [0, 1); 0 is plain fine-tuning.")] = 0.8,
+    lr: Annotated[str, typer.Option(help="Adam's learning rate, or auto.")] = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the edits, at most.")] = 25,
+    batch_size: Annotated[int, typer.Option(help="Edits per step.")] = 32,
+    limit: Limit = None,
+    seed: Seed = 0,
+    save: Annotated[str, typer.Option(help="model (a whole directory) or delta (only what changed).")] = "model",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    no_eos: Annotated[bool, typer.Option("--no-eos", help="Targets without end-of-sequence, as published.")] = False,
+    chat: Chat = "auto",
+    conflicts: Conflicts = "error",
+    rerun: Annotated[Path | None, typer.Option(help="Repeat the run that a crispedit.json records.")] = None,
+    json: Json = None,
+) -> None:
+    """Edit a model, prove what the edit did, and save what was proved."""
+    from .jobs import EditJob
+
+    _check_json(json)
+    settings: dict[str, Any] = {"energy": energy, "lr": _rate(lr), "epochs": epochs, "batch_size": batch_size}
+    if rerun is not None:
+        job = EditJob.from_record(rerun, model=model, edits=edits, curvature=curvature, texts=texts)
+    else:
+        job = EditJob(
+            model=_required(model, "MODEL"),
+            edits=_required(edits, "EDITS"),
+            editor=editor,
+            curvature=curvature,
+            texts=texts,
+            samples=samples,
+            layers=layers,
+            settings=settings,
+            limit=limit,
+            seed=seed,
+            eos=not no_eos,
+            chat=chat,
+            conflicts=conflicts,
+        )
+    if out is None:
+        raise ConfigError("--out is missing: name a directory for the edited model")
+    if save not in ("model", "delta"):
+        raise ConfigError(f"save is '{save}'; it must be model or delta")
+    from .artifacts import check_writable
+
+    check_writable(out, overwrite=overwrite)
+    with _bars() as progress:
+        result = job.run(device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
+        result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above
+    from .console import out as stdout
+    from .console import print_proof
+
+    print_proof(result)
+    stdout.print(f"the edited model is in {out}" if save == "model" else f"the change is in {out}", soft_wrap=True)
+    _write_json(json, {"out": str(out), **result.record()})
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    edits: Edits,
+    base: Annotated[str | None, typer.Option(help="The model before editing, for drift.")] = None,
+    protocol: Annotated[str, typer.Option(help="wild: free greedy answers.")] = "wild",
+    judge: Annotated[str, typer.Option(help="exact or contains.")] = "exact",
+    texts: Texts = None,
+    stop_at_period: Annotated[bool, typer.Option("--stop-at-period", help="Cut answers at '.', as published.")] = False,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    chat: Chat = "auto",
+    conflicts: Conflicts = "error",
+    json: Json = None,
+) -> None:
+    """Evaluate a model on edits and on its capabilities; with --base, against the model before editing."""
+    _check_json(json)
+    if protocol != "wild":
+        raise ConfigError(f"protocol is '{protocol}'; it must be wild")
+    from .jobs import evaluate_job
+
+    with _bars() as progress:
+        result = evaluate_job(
+            model,
+            edits,
+            base=base,
+            judge=judge,
+            texts=texts,
+            limit=limit,
+            chat=chat,
+            conflicts=conflicts,
+            stop_at_period=stop_at_period,
+            options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
+            progress=progress,
+        )
+    from .console import print_evaluations
+
+    print_evaluations(f"{model} on {edits}, judge: {judge}", {"model": result})
+    _write_json(json, result)
+
+
+@app.command()
+def ask(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    base: Annotated[str | None, typer.Option(help="Another model to put beside it.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    chat: Chat = "auto",
+    json: Json = None,
+) -> None:
+    """Ask a model one thing, and its base beside it."""
+    _check_json(json)
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; ask something")
+    from .generation import answers
+    from .rows import Prompter
+
+    given = {}
+    for name in dict.fromkeys([base, model] if base else [model]):
+        loaded = _load(name, device, dtype, None, trust_remote_code)
+        tokenizer = loaded.tokenizer
+        prompter = Prompter.of(loaded.model, tokenizer, chat=chat, eos=tokenizer.eos_token_id is not None)  # type: ignore[arg-type]
+        given[name] = answers(loaded.model, prompter, [prompt])[0]
+    from .console import print_table
+
+    print_table(prompt, ["model", "answer"], [[name, answer or "(empty)"] for name, answer in given.items()])
+    _write_json(json, {"prompt": prompt, "answers": given})
+
+
+def _load(name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
+    from .checkpoint import load_edited
+
+    return load_edited(name, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+
+
+def _texts(model: str, path: Path | None, samples: int | None, seed: int) -> "CapabilityTexts | None":
+    from .jobs import capability_texts
+
+    return capability_texts(model, path, samples, seed)
+
+
+def _bars() -> Any:
+    from .console import progress_bars
+
+    return progress_bars()
+
+
+def _required(value: str | None, name: str) -> str:
+    if value is None:
+        raise ConfigError(f"{name} is missing: crispedit edit MODEL EDITS --out DIR")
+    return value
+
+
+def _rate(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"lr is '{text}'; it must be a number above 0, or auto") from None
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuses a --json file that cannot be written, before any work is done."""
+    if path is None:
+        return
+    from .artifacts import check_writable
+
+    if path.is_dir():
+        raise ConfigError(f"--json '{path}' is a directory; name a file")
+    check_writable(path.parent, overwrite=True)
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        from .artifacts import write_json
+
+        write_json(path, value)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the program and exits with its status; the only place that exits."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    debug = bool(os.environ.get("CRISPEDIT_DEBUG"))
+    try:
+        status = app(arguments, standalone_mode=False, prog_name="crispedit")
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:
+        print("crispedit: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except CrispEditError as error:
+        if debug:
+            raise
+        print(f"crispedit: {error}", file=sys.stderr)
+        return error.exit_status
+    except Exception as error:
+        if hasattr(error, "format_message"):  # how Typer reports a wrong command line
+            message = " ".join(error.format_message().split())
+            print(f"crispedit: {message.rstrip('.')}; see 'crispedit --help'", file=sys.stderr)
+            return 2
+        raise
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries' progress bars and advice off our stderr."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a person sees: progress on stderr, tables on stdout. Only the command line imports this."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .curvature import Progress as ProgressCallback
+from .editing import EditResult
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate so far."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g}/s" if speed else "")
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressCallback]:
+    """Progress bars on stderr, one for each kind of step; silent where stderr is no terminal.
+
+    Yields:
+        The callback that every long step reports to.
+    """
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        running: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in running:
+                running[what] = bars.add_task(what, total=total)
+            bars.update(running[what], completed=done, total=total)
+            if done >= total:
+                running.pop(what)
+
+        yield report
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    err.print(message, soft_wrap=True)
+
+
+def percent(value: float | None) -> str:
+    """A percentage with one decimal, or a dash."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def number(value: float | None) -> str:
+    """A small number with four decimals, or a dash."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+
+
+_SCORE_ROWS = [
+    ("reliability", "no_context"),
+    ("generalization", "no_context"),
+    ("locality", "no_context"),
+    ("reliability", "qa_context"),
+    ("generalization", "qa_context"),
+    ("locality", "qa_context"),
+]
+_CONTEXT_NAMES = {"no_context": "", "qa_context": ", in context"}
+
+
+def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
+    """Evaluations side by side, one column each."""
+    rows = [
+        [f"{kind}{_CONTEXT_NAMES[context]}, %", *(percent(e[context][kind]) for e in columns.values())]
+        for kind, context in _SCORE_ROWS
+    ]
+    if any(e["capability"]["loss"] is not None for e in columns.values()):
+        rows.append(["drift, nats/token", *(number(e["capability"]["drift"]) for e in columns.values())])
+        rows.append(["capability loss, nats/token", *(number(e["capability"]["loss"]) for e in columns.values())])
+    tasks = list(dict.fromkeys(task for e in columns.values() for task in e["capability"]["tasks"]))
+    for task in tasks:
+        rows.append([f"{task.replace('_', ' ')}, %", *(percent(e["capability"]["tasks"].get(task)) for e in columns.values())])
+    print_table(title, ["", *columns], rows)
+
+
+def print_proof(result: EditResult) -> None:
+    """The proof of an edit: before and after, answers in full, and what changed per matrix."""
+    metrics = result.metrics
+    before, after, capability = metrics["before"], metrics["after"], metrics["capability"]
+    rows = [[f"{kind}, %", percent(before[kind]), percent(after[kind])] for kind in before]
+    if capability["drift"] is not None:
+        rows.append(["capability loss, nats/token", number(capability["loss_base"]), number(capability["loss"])])
+        rows.append(["drift, nats/token", number(0.0), number(capability["drift"])])
+    print_table(f"Proof on {metrics['proof_edits']} edits, free greedy decoding", ["", "before", "after"], rows)
+
+    answers = Table(title="Some answers in full", title_justify="left", title_style="bold", header_style="bold")
+    for name in ("prompt", "target", "before", "after"):
+        answers.add_column(name, overflow="fold")
+    for example in result.examples:
+        answers.add_row(*(Text(text) for text in (example.prompt, example.target, example.before, example.after)))
+    out.print(answers)
+
+    print_table(
+        "Changed matrices",
+        ["", "‖ΔW‖", "‖ΔW‖/‖W‖", "share outside the subspace"],
+        [
+            [c.name, f"{c.norm:.3f}", f"{c.relative:.4f}", "–" if c.outside is None else f"{c.outside:.1e}"]
+            for c in result.changes
+        ],
+    )
+    rounding, seconds = metrics["rounding"], metrics["seconds"]
+    out.print(
+        f"stored in {rounding['dtype']}: {100 * rounding['survived']:.1f} % of the changed entries survive, "
+        f"relative error of the change {rounding['relative_error']:.1e}, "
+        f"{metrics['answers_changed_by_rounding']} answers changed by it",
+        soft_wrap=True,
+    )
+    settings = result.settings
+    out.print(
+        f"{settings['editor']}: energy {settings.get('energy', '–')}, learning rate {settings['lr']:.2g}, "
+        f"{len(metrics['training']['epoch_losses'])} epochs, edit {seconds['edit']:.1f} s, "
+        f"curvature {seconds['curvature']:.1f} s",
+        soft_wrap=True,
+    )

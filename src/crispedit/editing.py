@@ -1,0 +1,378 @@
+"""One edit from beginning to end: prepare, run an editor, prove what it did, save what was proved.
+
+The editor only changes matrices. This module owns the original weights (and puts them back when
+anything fails), the float32 masters, the proof before and after, and the check that what was written to
+disk answers as the model in memory does.
+"""
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from . import __version__
+from .capability import Drift, Logits, logits_of, measure_drift
+from .checkpoint import Form, Rounding, round_to, save_delta, save_model
+from .curvature import Curvature, Progress, no_progress
+from .edits import Edit, EditSet, edits_from_rows
+from .editors import find_editor
+from .editors.base import EditProblem, Round
+from .errors import ConfigError, EditFailed, NumericsError
+from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
+from .rows import Chat, Prompter
+from .subspace import Subspace
+from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
+from .training import float32_masters
+from .wild import Question, Scores, ask, questions, score
+
+PROOF_EDITS = 64
+"""Before and after are shown on at most so many edits, evenly spread over the edit set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixChange:
+    """What happened to one matrix.
+
+    Args:
+        name: Parameter name.
+        norm: ‖ΔW‖ in Frobenius norm.
+        relative: ‖ΔW‖ / ‖W₀‖.
+        outside: ‖P(ΔW) − ΔW‖ / ‖ΔW‖, the share outside the low-curvature subspace; ``None`` without one.
+    """
+
+    name: str
+    norm: float
+    relative: float
+    outside: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One edit, and the model's whole answer before and after."""
+
+    prompt: str
+    target: str
+    before: str
+    after: str
+
+
+@dataclass(kw_only=True)
+class EditResult:
+    """An edited model and the proof of the edit.
+
+    Args:
+        model: The model, edited in place.
+        tokenizer: Its tokenizer.
+        delta: ΔW by parameter name, (d_out, d_in) float32, before rounding to the stored dtype.
+        metrics: Everything measured, JSON-ready; see :meth:`record`.
+        examples: Some edits with full answers before and after.
+        changes: Per matrix.
+    """
+
+    model: Any
+    tokenizer: Any
+    delta: dict[str, Tensor]
+    metrics: dict[str, Any]
+    examples: list[Example]
+    changes: list[MatrixChange]
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    _prompter: Prompter = field(repr=False)
+    _asked: list[Question] = field(repr=False)
+    _answers: list[str] = field(repr=False)
+    _dtype: torch.dtype = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """What ``crispedit.json`` holds: provenance, settings and metrics."""
+        return {**self.provenance, "settings": self.settings, "metrics": self.metrics}
+
+    def save(
+        self, directory: str | Path, *, form: Form = "model", overwrite: bool = False, progress: Progress = no_progress
+    ) -> Path:
+        """Writes the edited model (or only its delta), reloads it, and checks that it answers the same.
+
+        Args:
+            directory: New or empty, unless ``overwrite``.
+            form: ``model`` or ``delta``.
+            overwrite: Whether a directory that is not empty is replaced.
+            progress: Called while the reloaded model is asked.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ConfigError: ``form`` is neither.
+            EditFailed: The reloaded model answers differently; the directory is removed.
+        """
+        if form not in ("model", "delta"):
+            raise ConfigError(f"save is '{form}'; it must be model or delta")
+        directory = Path(directory)
+        if form == "delta":
+            save_delta(self.delta, directory, self.record(), overwrite=overwrite)
+            return directory
+        save_model(
+            self.model, self.tokenizer, directory, self.record(), dtype=self._dtype, overwrite=overwrite
+        )
+        reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=self.model.dtype, use_safetensors=True
+        )
+        reloaded.to(self.model.device).eval()
+        again = ask(reloaded, self._prompter, self._asked, "no_context", progress=progress)
+        if wrong := [index for index, (a, b) in enumerate(zip(self._answers, again, strict=True)) if a != b]:
+            from .checkpoint import remove
+
+            remove(directory)
+            first = wrong[0]
+            raise EditFailed(
+                f"the saved model answers {len(wrong)} of {len(again)} prompts otherwise than the one in memory, e.g. "
+                f"'{self._asked[first].prompt}': '{again[first]}', not '{self._answers[first]}'; '{directory}' was removed"
+            )
+        return directory
+
+
+def edit(
+    model: Any,
+    tokenizer: Any,
+    edits: EditSet | Sequence[Edit] | Sequence[dict[str, Any]],
+    *,
+    curvature: Curvature | None = None,
+    texts: CapabilityTexts | Sequence[str] | None = None,
+    editor: str = "crispedit",
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    chat: Chat = "auto",
+    eos: bool = True,
+    stored_dtype: torch.dtype | None = None,
+    model_name: str = "",
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> EditResult:
+    """Edits a model in place and proves what that did.
+
+    Args:
+        model: A Hugging Face causal LM.
+        tokenizer: Its tokenizer.
+        edits: An edit set, edits, or rows as dictionaries.
+        curvature: Of the model's capability loss. Estimated from ``texts`` where it is needed and missing.
+        texts: Capability texts; a held-out fifth of them measures drift. Those of ``curvature`` when omitted.
+        editor: Name of the editor.
+        layers: Decoder blocks whose down-projections are edited; those of ``curvature``, else the default rule.
+        seed: Same seed, same machine, same result.
+        chat: Whether prompts go through the chat template.
+        eos: Whether targets end with an end-of-sequence token.
+        stored_dtype: The checkpoint's dtype, in which the model will be saved; the model's when omitted.
+        model_name: Recorded.
+        progress: Called during every longer step.
+        **settings: The editor's settings: ``energy``, ``lr``, ``epochs``, ``batch_size``, …
+
+    Returns:
+        The result; ``result.save(directory)`` writes it.
+
+    Raises:
+        ConfigError: A setting is unknown or does not fit.
+        EditFailed: Nothing changed, the loss did not fall, or a number is not finite. The model's
+            original weights are put back then, as on any exception.
+    """
+    module = find_editor(editor)
+    config = module.Config.of(settings)
+    edit_set = edits if isinstance(edits, EditSet) else _as_edit_set(edits)
+    if layers is None and curvature is not None:
+        layers = curvature.layers
+    matrices = edit_matrices(model, layers)
+    prompter = Prompter.of(model, tokenizer, chat=chat, eos=eos)
+    rows = prompter.rows(edit_set, context_length(model))
+    base_fingerprint = fingerprint(model)
+    if texts is not None and not isinstance(texts, CapabilityTexts):
+        texts = split_texts(texts, seed=seed)
+    started = time.monotonic()
+    if curvature is None and texts is not None and getattr(config, "energy", 1) > 0:
+        curvature = Curvature.estimate(
+            model, tokenizer, texts, layers=[m.layer for m in matrices], seed=seed, model_name=model_name, progress=progress
+        )
+    if curvature is not None:
+        curvature.check_model(model, matrices)
+    held_out = _held_out(tokenizer, curvature, texts)
+    curvature_seconds = time.monotonic() - started
+
+    with frozen(model), _restoring(matrices) as originals:
+        asked = questions(_spread(list(edit_set), PROOF_EDITS))
+        before = ask(model, prompter, asked, "no_context", progress=progress)
+        started = time.monotonic()
+        with float32_masters(matrices):
+            problem = EditProblem(
+                model=model,
+                tokenizer=tokenizer,
+                matrices=matrices,
+                rows=rows,
+                curvature=curvature,
+                seed=seed,
+                progress=progress,
+            )
+            rounds: list[Round] = list(module.edit(problem, config))
+            edit_seconds = time.monotonic() - started
+            delta = {m.name: m.weight - originals[m.name].float() for m in matrices}
+            _check_edited(delta, rounds)
+            after = ask(model, prompter, asked, "no_context", progress=progress)
+            stored, rounding = round_to(matrices, originals, stored_dtype or model.dtype)
+            for matrix in matrices:
+                matrix.weight.copy_(stored[matrix.name])
+        rounded = ask(model, prompter, asked, "no_context", progress=progress)
+        capability = _drift(model, matrices, originals, held_out, progress) if held_out else None
+
+    found = {name: value for r in rounds for name, value in r.found.items()}
+    changes = _changes(delta, originals, curvature, getattr(config, "energy", None))
+    metrics = {
+        "before": score(asked, before),
+        "after": score(asked, rounded, base=before),
+        "proof_edits": len({question.edit for question in asked}),
+        "answers_changed_by_rounding": sum(a != b for a, b in zip(after, rounded, strict=True)),
+        "rounding": asdict(rounding),
+        "capability": {**(asdict(capability) if capability else dict.fromkeys(("drift", "loss_base", "loss"))), "tasks": {}},
+        "matrices": [asdict(change) for change in changes],
+        "training": {
+            "epoch_losses": [loss for r in rounds for loss in r.trace.epoch_losses],
+            "steps": sum(r.trace.steps for r in rounds),
+            "stopped_early": rounds[-1].trace.stopped_early,
+        },
+        "seconds": {"curvature": round(curvature_seconds, 2), "edit": round(edit_seconds, 2)},
+    }
+    return EditResult(
+        model=model,
+        tokenizer=tokenizer,
+        delta=delta,
+        metrics=metrics,
+        examples=_examples(asked, before, rounded),
+        changes=changes,
+        settings={
+            "editor": editor,
+            "layers": [m.layer for m in matrices],
+            "seed": seed,
+            "chat": chat,
+            "eos": eos,
+            **config.model_dump(),
+            **found,
+        },
+        provenance={
+            "crispedit": __version__,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+            "machine": f"{platform.machine()}, {model.device.type}",
+            "model": {"name": model_name, "fingerprint": base_fingerprint, "dtype": str(model.dtype).removeprefix("torch.")},
+            "edits": {"source": edit_set.source, "schema": edit_set.schema, "sha256": edit_set.sha256, "count": len(edit_set)},
+            "texts": texts.manifest() if texts else dict(curvature.texts) if curvature else None,
+            "curvature": curvature and {k: v for k, v in curvature.manifest().items() if k != "held_out"},
+        },
+        _prompter=prompter,
+        _asked=asked,
+        _answers=rounded,
+        _dtype=stored_dtype or model.dtype,
+    )
+
+
+def _as_edit_set(edits: Sequence[Any]) -> EditSet:
+    """Edits or dictionaries given in Python as an edit set."""
+    if all(isinstance(item, Edit) for item in edits):
+        return EditSet.of(edits)
+    return edits_from_rows(edits)
+
+
+def _held_out(tokenizer: Any, curvature: Curvature | None, texts: CapabilityTexts | None) -> list[TokenBatch]:
+    """The token batches that drift is measured on."""
+    if texts is not None:
+        return text_batches(tokenizer, texts.held_out)
+    return text_batches(tokenizer, curvature.held_out) if curvature is not None else []
+
+
+def _spread(edits: list[Edit], count: int) -> list[Edit]:
+    """At most ``count`` edits, evenly spread over all."""
+    if len(edits) <= count:
+        return edits
+    return [edits[index * len(edits) // count] for index in range(count)]
+
+
+@contextmanager
+def _restoring(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, Tensor]]:
+    """The original weights by name; they are put back if the block raises, Ctrl-C included."""
+    originals = {m.name: m.weight.clone() for m in matrices}
+    try:
+        yield originals
+    except BaseException:
+        for matrix in matrices:
+            matrix.weight.copy_(originals[matrix.name])
+        raise
+
+
+def _check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
+    """Refuses an edit that did nothing or went wrong, with a diagnosis."""
+    for name, change in delta.items():
+        if not torch.isfinite(change).all():
+            raise NumericsError(f"the edited {name} has numbers that are not finite; lower --lr")
+    losses = [loss for r in rounds for loss in r.trace.epoch_losses]
+    if all(float(change.norm()) == 0 for change in delta.values()):
+        if losses and losses[0] < 0.01:
+            raise EditFailed(f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)")
+        raise EditFailed("nothing changed: no direction is left to edit in; lower --energy or name more --layers")
+    for r in rounds:
+        first, last = r.trace.epoch_losses[0], r.trace.epoch_losses[-1]
+        if len(r.trace.epoch_losses) > 1 and not last < first:
+            raise EditFailed(
+                f"the edit loss did not fall ({first:.3f} in the first epoch, {last:.3f} in the last); "
+                "lower --lr if it jumps, raise --lr or --epochs if it hardly moves"
+            )
+
+
+def _drift(
+    model: Any, matrices: Sequence[EditMatrix], originals: dict[str, Tensor], batches: Sequence[TokenBatch], progress: Progress
+) -> Drift:
+    """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
+    edited = {m.name: m.weight.clone() for m in matrices}
+    logits = logits_of(model)
+
+    def with_weights(weights: dict[str, Tensor]) -> Logits:
+        def run(batch: TokenBatch) -> Tensor:
+            for matrix in matrices:
+                matrix.weight.copy_(weights[matrix.name])
+            return logits(batch)
+
+        return run
+
+    return measure_drift(with_weights(originals), with_weights(edited), batches, progress=progress)
+
+
+def _changes(
+    delta: dict[str, Tensor], originals: dict[str, Tensor], curvature: Curvature | None, energy: float | None
+) -> list[MatrixChange]:
+    changes = []
+    for name, change in delta.items():
+        outside = None
+        if curvature is not None and energy:
+            outside = Subspace.of(curvature.spectrum(name), energy).to(change.device).share_outside(change)
+        norm = float(change.norm())
+        changes.append(
+            MatrixChange(name=name, norm=norm, relative=norm / float(originals[name].float().norm()), outside=outside)
+        )
+    return changes
+
+
+def _examples(asked: Sequence[Question], before: Sequence[str], after: Sequence[str], count: int = 4) -> list[Example]:
+    """A few edits with their answers, those whose answer changed first."""
+    rows = [
+        Example(
+            prompt=q.prompt if isinstance(q.prompt, str) else q.prompt[-1][1], target=q.expected or "", before=b, after=a
+        )
+        for q, b, a in zip(asked, before, after, strict=True)
+        if q.kind == "reliability"
+    ]
+    return sorted(rows, key=lambda row: row.before == row.after)[:count]
+
+
+def final_scores(metrics: dict[str, Any]) -> Scores:
+    """Reliability, generalization and locality after the edit."""
+    scores: Scores = metrics["after"]
+    return scores

@@ -1,0 +1,72 @@
+"""CrispEdit, batch: fine-tuning in the low-curvature subspace of the capability loss.
+
+Paper: arXiv 2602.15823, Algorithm 1. Every edited matrix is W = W₀ + U_G (M ⊙ Z) U_Aᵀ, and Adam trains
+the coordinates Z, so that the applied update never leaves the subspace. With ``energy`` 0 there is no
+subspace to keep to, and this is plain fine-tuning: Adam on W itself.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..errors import ConfigError
+from ..subspace import Subspace
+from ..training import STOP_LOSS, Coordinates, Unconstrained, UpdateRule, fine_tune
+from .base import EditorConfig, EditProblem, Round
+
+
+class Config(EditorConfig):
+    """Settings of CrispEdit.
+
+    Args:
+        energy: γ, the share of the curvature that the excluded directions hold; 0 is plain fine-tuning.
+        lr: Adam's learning rate, or ``auto``.
+        epochs: Passes over the edits, at most.
+        batch_size: Edits per step.
+        stop_loss: The mean loss of an epoch that ends the edit.
+    """
+
+    energy: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    epochs: Annotated[int, Field(ge=1)] = 25
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
+
+
+def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
+    """Edits in one round.
+
+    Args:
+        problem: What is to be edited.
+        config: Settings.
+
+    Yields:
+        One round.
+
+    Raises:
+        ConfigError: ``energy`` is above 0 and the problem has no curvature.
+    """
+    rules: list[UpdateRule] = []
+    for matrix in problem.matrices:
+        device = matrix.parameter.device
+        if config.energy == 0:
+            rules.append(Unconstrained(matrix.shape, device))
+        elif problem.curvature is None:
+            raise ConfigError("an energy above 0 needs a curvature: give --curvature or --texts")
+        else:
+            rules.append(Coordinates(Subspace.of(problem.curvature.spectrum(matrix.name), config.energy).to(device)))
+    trace = fine_tune(
+        problem.model,
+        problem.tokenizer,
+        problem.matrices,
+        rules,
+        problem.rows,
+        lr=config.lr if config.lr != "auto" else 1e-3,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=problem.seed,
+        stop_loss=config.stop_loss,
+        progress=problem.progress,
+    )
+    yield Round(num_edits=len(problem.rows), trace=trace, found={})

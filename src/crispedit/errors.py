@@ -1,0 +1,63 @@
+"""What can go wrong, and the exit status it has on the command line.
+
+    CrispEditError
+    ├── InputError               status 2: wrong input or environment; nothing was written
+    │   ├── ConfigError          a setting
+    │   ├── EditsError           the file of edits
+    │   ├── TextsError           the capability texts
+    │   ├── ModelError           the model or its tokenizer
+    │   └── ArtifactError        a directory that crispedit wrote, or is asked to write
+    └── EditFailed               status 1: nothing changed, the loss did not fall, the model cannot be saved
+        └── NumericsError        a number that is not finite
+
+Every message is one line: what is wrong, and what would be right.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CrispEditError(Exception):
+    """Base of every error that crispedit raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(CrispEditError):
+    """Wrong input or environment: the user can mend it."""
+
+    exit_status = 2
+
+
+class ConfigError(InputError):
+    """A setting has a value that cannot be used."""
+
+
+class EditsError(InputError):
+    """The file of edits cannot be used."""
+
+
+class TextsError(InputError):
+    """The capability texts cannot be used."""
+
+
+class ModelError(InputError):
+    """The model or its tokenizer cannot be loaded or edited."""
+
+
+class ArtifactError(InputError):
+    """A directory that crispedit wrote, or is asked to write, cannot be used."""
+
+
+class EditFailed(CrispEditError):
+    """The edit ran and did not do what it is for; no model was saved."""
+
+
+class NumericsError(EditFailed):
+    """A factor, a loss or a weight is not finite."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the name nearest to ``name``, or nothing when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,284 @@
+"""What the commands do, from names and paths to results: the layer between command line and library."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import cache
+from .artifacts import read_json
+from .bundled import corpus, world
+from .checkpoint import load_edited, read_record
+from .curvature import Curvature, Progress, no_progress
+from .editing import EditResult
+from .editing import edit as edit_model
+from .edits import EditSet, edits_from_rows, load_edits
+from .editors import find_editor
+from .errors import ArtifactError, ConfigError, TextsError
+from .evaluation import evaluate
+from .models import BUNDLED, decoder_blocks, default_layers, fingerprint, load_model, parse_layers
+from .texts import CapabilityTexts, load_texts, split_texts
+
+BUNDLED_EDITS = "bundled:"
+
+
+def read_edits(name: str, *, limit: int | None = None, conflicts: str = "error") -> EditSet:
+    """Edits from a file, or a split of the bundled world's (``bundled:demo``, ``:eval``, ``:train``).
+
+    Args:
+        name: Path, or ``bundled:SPLIT``.
+        limit: The first N rows.
+        conflicts: What to do with one prompt and several targets.
+
+    Returns:
+        The edits.
+
+    Raises:
+        ConfigError: There is no such split.
+    """
+    options: dict[str, Any] = {"limit": limit, "conflicts": conflicts}
+    if not name.startswith(BUNDLED_EDITS):
+        return load_edits(name, **options)
+    split = name.removeprefix(BUNDLED_EDITS)
+    if split not in world.SPLIT_SIZES:
+        raise ConfigError(f"there are no bundled edits '{split}'; there are {', '.join(world.SPLIT_SIZES)}")
+    return edits_from_rows(world.edit_rows(split), source=name, **options)
+
+
+def capability_texts(model: str, path: Path | None, samples: int | None, seed: int) -> CapabilityTexts | None:
+    """The capability texts of a file, else the bundled ones for the bundled model, else none.
+
+    Args:
+        model: The model's name.
+        path: A file of texts.
+        samples: How many to use.
+        seed: Of drawing and division.
+
+    Returns:
+        The texts, divided.
+    """
+    if path is not None:
+        return split_texts(load_texts(path), source=str(path), samples=samples, seed=seed)
+    if model == BUNDLED:
+        return split_texts(corpus.capability_texts(), source=BUNDLED, samples=samples, seed=seed)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditJob:
+    """One ``crispedit edit``: what the command line says, before anything is loaded."""
+
+    model: str
+    edits: str
+    editor: str = "crispedit"
+    curvature: Path | None = None
+    texts: Path | None = None
+    samples: int | None = None
+    layers: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    seed: int = 0
+    eos: bool = True
+    chat: str = "auto"
+    conflicts: str = "error"
+    expected_edits: str | None = None
+
+    @classmethod
+    def from_record(
+        cls, path: Path, *, model: str | None, edits: str | None, curvature: Path | None, texts: Path | None
+    ) -> "EditJob":
+        """The job that a ``crispedit.json`` records, with what was found then (the learning rate, say) given now.
+
+        Args:
+            path: The record, or the directory it is in.
+            model: In place of the recorded model.
+            edits: In place of the recorded file of edits, with the same content.
+            curvature: In place of the recorded curvature.
+            texts: In place of the recorded texts.
+
+        Returns:
+            The job.
+
+        Raises:
+            ArtifactError: It is no such record.
+        """
+        record = read_json(path / "crispedit.json" if path.is_dir() else path)
+        try:
+            job, settings = record["job"], dict(record["settings"])
+            layers = ",".join(map(str, settings.pop("layers")))
+            return cls(
+                model=model or record["model"]["name"],
+                edits=edits or job["edits"],
+                editor=settings.pop("editor"),
+                curvature=curvature or (Path(job["curvature"]) if job["curvature"] and not texts else None),
+                texts=texts or (Path(job["texts"]) if job["texts"] else None),
+                samples=job["samples"],
+                layers=layers,
+                seed=settings.pop("seed"),
+                eos=settings.pop("eos"),
+                chat=settings.pop("chat"),
+                settings=settings,
+                limit=job["limit"],
+                conflicts=job["conflicts"],
+                expected_edits=record["edits"]["sha256"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"'{path}' is not a record of a crispedit edit: it has no {error}") from error
+
+    def run(
+        self,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        progress: Progress = no_progress,
+    ) -> EditResult:
+        """Loads everything, cheapest check first, and edits.
+
+        Args:
+            device: As in :func:`crispedit.models.load_model`, like the next three.
+            dtype: See there.
+            device_map: See there.
+            trust_remote_code: See there.
+            progress: Called during every longer step.
+
+        Returns:
+            The result, not yet saved.
+
+        Raises:
+            ArtifactError: A recorded run has other edits now.
+            TextsError: Capability texts are needed, and there are none.
+        """
+        config = find_editor(self.editor).Config.of(self.settings)
+        layers = parse_layers(self.layers) if self.layers is not None else None
+        edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)
+        if self.expected_edits not in (None, edit_set.sha256):
+            raise ArtifactError(f"'{self.edits}' has other edits than the recorded run; give the file it was made from")
+        texts = capability_texts(self.model, self.texts, self.samples, self.seed)
+        found = Curvature.load(self.curvature) if self.curvature is not None else None
+        loaded = load_model(
+            self.model, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+        model, tokenizer = loaded.model, loaded.tokenizer
+        if found is None and getattr(config, "energy", 1) > 0:
+            found = self._cached_curvature(model, tokenizer, layers, texts, progress)
+        result = edit_model(
+            model,
+            tokenizer,
+            edit_set,
+            curvature=found,
+            texts=texts if self.curvature is None else None,
+            editor=self.editor,
+            layers=layers,
+            seed=self.seed,
+            chat=self.chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
+            eos=self.eos,
+            stored_dtype=loaded.stored_dtype,
+            model_name=self.model,
+            progress=progress,
+            **self.settings,
+        )
+        result.provenance["job"] = {
+            "edits": self.edits,
+            "limit": self.limit,
+            "conflicts": self.conflicts,
+            "curvature": self.curvature and str(self.curvature),
+            "texts": self.texts and str(self.texts),
+            "samples": self.samples,
+        }
+        result.notes.extend(edit_set.notes)
+        return result
+
+    def _cached_curvature(
+        self, model: Any, tokenizer: Any, layers: Sequence[int] | None, texts: CapabilityTexts | None, progress: Progress
+    ) -> Curvature:
+        """The curvature of these texts from the cache, or computed and kept; without texts, any that fits."""
+        chosen = tuple(layers) if layers is not None else default_layers(len(decoder_blocks(model)[1]))
+        print_of_model = fingerprint(model)
+        if texts is None:
+            found = cache.find(print_of_model, chosen)
+            if found is None:
+                raise TextsError(
+                    f"no capability texts for '{self.model}' and no cached curvature of layers "
+                    f"{', '.join(map(str, chosen))}: give --texts FILE or --curvature DIR"
+                )
+            return found
+        found = cache.find(print_of_model, chosen, texts_sha256=texts.sha256, fisher="mc", seed=self.seed)
+        if found is None:
+            found = Curvature.estimate(
+                model, tokenizer, texts, layers=chosen, seed=self.seed, model_name=self.model, progress=progress
+            )
+            cache.keep(found)
+        return found
+
+
+def evaluate_job(
+    model: str,
+    edits: str,
+    *,
+    base: str | None = None,
+    judge: str = "exact",
+    texts: Path | None = None,
+    limit: int | None = None,
+    chat: str = "auto",
+    conflicts: str = "error",
+    stop_at_period: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """``crispedit evaluate``: loads model, base and texts, and evaluates.
+
+    Args:
+        model: What to evaluate.
+        edits: Path or bundled split.
+        base: The model before editing.
+        judge: ``exact`` or ``contains``.
+        texts: For drift; those that ``crispedit.json`` names when omitted.
+        limit: The first N edits.
+        chat: Whether prompts go through the chat template.
+        conflicts: What to do with one prompt and several targets.
+        stop_at_period: Also cut answers at the first period.
+        options: For :func:`crispedit.models.load_model`.
+        progress: Called during every longer step.
+
+    Returns:
+        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`.
+    """
+    edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
+    record = read_record(model)
+    chosen = _drift_texts(model, texts, record)
+    loaded = load_edited(model, **(options or {}))
+    base_model = load_edited(base, **(options or {})).model if base is not None else None
+    return evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        edit_set,
+        base=base_model,
+        texts=chosen,
+        tasks=BUNDLED in (model, (record or {}).get("model", {}).get("name")),
+        judge=judge,
+        chat=chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
+        stop_at_period=stop_at_period,
+        progress=progress,
+    )
+
+
+def _drift_texts(model: str, path: Path | None, record: dict[str, Any] | None) -> Sequence[str] | None:
+    """The texts for drift: a file's; else the held-out ones of the recorded run, where they can still be read."""
+    recorded = (record or {}).get("texts")
+    if model == BUNDLED and path is None:
+        return split_texts(corpus.capability_texts()).held_out
+    if recorded is None:
+        return load_texts(path) if path is not None else None
+    if path is not None:
+        texts = load_texts(path)
+    elif recorded["source"] == BUNDLED:
+        texts = corpus.capability_texts()
+    elif Path(recorded["source"]).is_file():
+        texts = load_texts(recorded["source"])
+    else:
+        return None
+    divided = split_texts(texts, source=recorded["source"], samples=recorded["samples"], seed=recorded["seed"])
+    # other texts than those of the run: nothing was fitted to them, all can be used
+    return divided.held_out if divided.sha256 == recorded["sha256"] else texts

@@ -1,0 +1,323 @@
+"""A Hugging Face causal LM by its structure: loading it, its decoder blocks, its down-projections.
+
+Nothing here looks at a model's name. A decoder is the longest list of blocks that the configuration
+counts; in every block the matrix that is edited is the MLP down-projection, the linear map from the
+intermediate width back to the hidden width (CrispEdit, arXiv 2602.15823, section 4.2).
+
+GPT-2's ``Conv1D`` stores Wᵀ. That is known here and nowhere else: :attr:`EditMatrix.weight` is always
+(d_out, d_in).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .bundled import MODEL_DIRECTORY
+from .errors import ConfigError, ModelError, did_you_mean
+
+BUNDLED = "bundled"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditMatrix:
+    """One matrix that may be edited: a parameter of the model seen as W of y = W a.
+
+    Args:
+        name: The parameter's name in ``model.state_dict()``.
+        layer: Index of its decoder block.
+        module: The linear module that owns it.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as the model stores it."""
+        parameter = self.module.weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the parameter as W, (d_out, d_in): writing to it writes to the model."""
+        return self.as_weight(self.parameter.data)
+
+    def as_weight(self, stored: Tensor) -> Tensor:
+        """A tensor in the parameter's layout (its gradient, say) seen as (d_out, d_in)."""
+        return stored.T if isinstance(self.module, Conv1D) else stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        d_out, d_in = self.weight.shape
+        return d_out, d_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    stored_dtype: torch.dtype
+
+
+def model_directory(name: str) -> str:
+    """The path or hub name that ``name`` stands for (``bundled`` is the model in this package)."""
+    return str(MODEL_DIRECTORY) if name == BUNDLED else name
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Loads a causal LM and its tokenizer, weights from safetensors only.
+
+    Args:
+        name: ``bundled``, a local directory, or a Hugging Face name.
+        device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
+        dtype: ``auto`` (the checkpoint's; float16 becomes float32 on a CPU), or a name in ``DTYPES``.
+        device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
+        trust_remote_code: Whether code shipped with the model may run.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: There is no such model, it is no causal LM with safetensors weights, it is
+            quantised, or it has no tokenizer.
+        ConfigError: No such device or dtype.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    target = _device(device)
+    source = model_directory(name)
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"'{name}' is not a model directory: it has no config.json")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(f"'{name}' is quantised; crispedit edits float checkpoints: name the model it was made from")
+        stored = _stored_dtype(config)
+        wanted = stored if dtype == "auto" else DTYPES[dtype]
+        if wanted == torch.float16 and target.type == "cpu" and device_map is None:
+            wanted = torch.float32
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, use_safetensors=True, device_map=device_map, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, RuntimeError) as error:
+        raise ModelError(f"cannot load the model '{name}': {_first_line(error)}") from error
+    if device_map is None:
+        model.to(target)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] + "…" * (len(text) > 300)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device '{name}' cannot be used here: {_first_line(error)}") from error
+    return device
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the text decoder (a multimodal model has others beside it)."""
+    return model.config.get_text_config(decoder=True)
+
+
+def context_length(model: Any) -> int | None:
+    """The longest row in tokens that the model takes, or ``None`` where it does not say."""
+    length = getattr(text_config(model), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name in the module tree.
+
+    Args:
+        model: A causal LM.
+
+    Returns:
+        Name and list; its length is the L that layer numbers count.
+
+    Raises:
+        ModelError: No list of modules is as long as the configuration says the decoder is.
+    """
+    expected = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [
+        (name, blocks) for name, blocks in lists if len(blocks) == expected and len({type(b) for b in blocks}) == 1
+    ]
+    if not fitting:
+        raise ModelError(f"{type(model).__name__} has no list of {expected} decoder blocks that crispedit can find")
+    # by size: an embedder or an adapter may happen to have as many parts
+    return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def edit_matrices(model: Any, layers: Sequence[int] | None = None) -> tuple[EditMatrix, ...]:
+    """The MLP down-projections of the given decoder blocks.
+
+    Args:
+        model: A causal LM.
+        layers: Indices of decoder blocks; :func:`default_layers` when omitted.
+
+    Returns:
+        One matrix per layer, in ascending order of layers.
+
+    Raises:
+        ModelError: A block has no down-projection that can be told apart, has experts, or has
+            quantised weights; or the matrix is shared with another module.
+        ConfigError: A layer is outside the model, or none is given.
+    """
+    prefix, blocks = decoder_blocks(model)
+    chosen = default_layers(len(blocks)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen:
+        raise ConfigError("no layer is given; name at least one")
+    if wrong := [layer for layer in chosen if not 0 <= layer < len(blocks)]:
+        raise ConfigError(f"layer {wrong[0]} is outside the model: it has layers 0 to {len(blocks) - 1}")
+    names = {id(module): name for name, module in model.named_modules()}
+    matrices = []
+    for layer in chosen:
+        module = _down_projection(model, blocks[layer], f"{prefix}.{layer}")
+        matrices.append(EditMatrix(name=f"{names[id(module)]}.weight", layer=layer, module=module))
+    _refuse_shared(model, matrices)
+    return tuple(matrices)
+
+
+def _down_projection(model: Any, block: nn.Module, where: str) -> nn.Module:
+    """The linear map from the intermediate to the hidden width: the last such map of the block."""
+    config = text_config(model)
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    experts = [name for name, p in block.named_parameters() if p.ndim > 2]
+    experts += [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList) and _has_linear(m)]
+    if experts:
+        raise ModelError(f"{where} has a mixture of experts ({experts[0]}); crispedit edits dense models only")
+    linears = [(name, module) for name, module in block.named_modules() if hasattr(module, "weight")]
+    found = [m for _, m in linears if isinstance(m, nn.Linear | Conv1D) and _shape(m) == (hidden, intermediate)]
+    if not found:
+        quantised = [n for n, m in linears if not m.weight.is_floating_point()]
+        why = f"its {quantised[0]} is quantised" if quantised else f"none maps {intermediate} to {hidden} numbers"
+        raise ModelError(f"{where} has no MLP down-projection that crispedit can edit: {why}")
+    # an attention output may have the same shape; in every family the MLP is defined after the attention
+    return found[-1]
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _refuse_shared(model: Any, matrices: Sequence[EditMatrix]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    for matrix in matrices:
+        shared = [name for name in owners[id(matrix.parameter)] if name != matrix.name]
+        if shared:
+            raise ModelError(f"{matrix.name} is shared with {shared[0]}; editing one would change the other")
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """The blocks that are edited unless the user names others: five of them, the last at about 72 % of the depth.
+
+    It gives the paper's 19–23 for 32 blocks; see ``docs/decisions.md`` for the measurement.
+
+    Args:
+        num_layers: L, the number of decoder blocks.
+
+    Returns:
+        Ascending indices, never empty.
+    """
+    last = max(0, -(-3 * num_layers // 4) - 1)
+    return tuple(range(max(0, last - 4), last + 1))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``19-23`` or ``4,5,6`` or ``2,4-6`` as indices; ranges are inclusive.
+
+    Args:
+        text: What the user wrote.
+
+    Returns:
+        Ascending indices without repetition.
+
+    Raises:
+        ConfigError: It is not a list of numbers and ranges.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"layers is '{text}'; it must look like 19-23 or 4,5,6")
+        if dash and int(last) < int(first):
+            raise ConfigError(f"layers is '{text}'; the range {part.strip()} runs backwards")
+        layers.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of the weights: names, shapes, and up to 1,024 evenly spaced values of every parameter.
+
+    It costs milliseconds per gigabyte, and two checkpoints of one architecture differ in it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 1024)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(model: Any):
+    """Nothing requires a gradient and dropout is off within; both are as before afterwards."""
+    needed = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    training = model.training
+    model.eval().requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+        model.train(training)

@@ -1,0 +1,197 @@
+"""Capability texts: reading them, holding some out, and turning them into batches of tokens."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import TextsError, did_you_mean
+
+HELD_OUT_SHARE = 0.2
+MAX_TOKENS = 512
+"""Texts are cut here, as in the paper (Wikipedia texts of up to 512 tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapabilityTexts:
+    """Texts that stand for all the model must go on doing.
+
+    Args:
+        fit: What the curvature is computed on.
+        held_out: A seeded fifth, on which drift is measured.
+        source: The file they came from, or a label.
+        seed: Of the drawing and the division.
+        samples: How many were asked for; ``None`` for all.
+    """
+
+    fit: tuple[str, ...]
+    held_out: tuple[str, ...]
+    source: str
+    seed: int
+    samples: int | None
+
+    @property
+    def sha256(self) -> str:
+        """A hash of all texts, in order."""
+        return hashlib.sha256(json.dumps([self.fit, self.held_out]).encode()).hexdigest()
+
+    def manifest(self) -> dict[str, Any]:
+        """Where the texts came from and how they were divided, JSON-ready, without the texts."""
+        return {"source": self.source, "sha256": self.sha256, "seed": self.seed, "samples": self.samples}
+
+
+def split_texts(
+    texts: Sequence[str], *, source: str = "memory", samples: int | None = None, seed: int = 0
+) -> CapabilityTexts:
+    """Draws ``samples`` of the texts and holds a fifth of them out.
+
+    Args:
+        texts: At least two that are not blank.
+        source: A name for messages and provenance.
+        samples: How many to use; all when omitted or when there are fewer.
+        seed: Of the drawing.
+
+    Returns:
+        The texts, divided.
+
+    Raises:
+        TextsError: There are fewer than two texts, or ``samples`` is less than two.
+    """
+    if samples is not None and samples < 2:
+        raise TextsError(f"samples is {samples}; at least 2 texts are needed, one of them held out")
+    usable = list(dict.fromkeys(text for text in texts if text.strip()))
+    if len(usable) < 2:
+        raise TextsError(f"{source} has {len(usable)} different texts; at least 2 are needed, one of them held out")
+    random.Random(seed).shuffle(usable)
+    usable = usable[:samples]
+    held_out = max(1, round(HELD_OUT_SHARE * len(usable)))
+    return CapabilityTexts(
+        fit=tuple(usable[held_out:]), held_out=tuple(usable[:held_out]), source=source, seed=seed, samples=samples
+    )
+
+
+def load_texts(path: str | Path) -> list[str]:
+    """Reads texts: .jsonl or .json with a ``text`` field (or a list of strings), or .txt split at blank lines.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The texts, in the file's order.
+
+    Raises:
+        TextsError: The file is missing, empty, of another kind, not UTF-8, or not what its name says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TextsError(f"there is no file of texts '{path}'")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextsError(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if path.suffix == ".txt":
+        texts = [block.strip() for block in content.replace("\r\n", "\n").split("\n\n")]
+    elif path.suffix in (".json", ".jsonl"):
+        texts = [_text_of(row, number, path.name) for number, row in _rows(content, path)]
+    else:
+        raise TextsError(f"{path.name} is not .jsonl, .json or .txt")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise TextsError(f"{path.name} has no text in it")
+    return texts
+
+
+def _rows(content: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every row of a JSON file or JSON-lines file."""
+    try:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(content.splitlines(), 1):
+                if line.strip():
+                    yield number, json.loads(line)
+            return
+        rows = json.loads(content) if content.strip() else []
+    except json.JSONDecodeError as error:
+        line = number if path.suffix == ".jsonl" else error.lineno
+        raise TextsError(f"{path.name} line {line} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(rows, list):
+        raise TextsError(f"{path.name} must hold a list of texts, not {type(rows).__name__}")
+    yield from enumerate(rows, 1)
+
+
+def _text_of(row: Any, number: int, name: str) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return str(row["text"])
+    near = did_you_mean("text", row) if isinstance(row, dict) else ""
+    raise TextsError(f"{name} row {number} has no string 'text'{near}; a row is a string or has the field 'text'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Right-padded token rows: ``ids`` and ``mask`` (1 for real tokens), both (rows, length) int64."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch on another device."""
+        return TokenBatch(ids=self.ids.to(device), mask=self.mask.to(device))
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills rows under the mask: the tokenizer's padding token, else its EOS, else 0."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def pad(rows: Sequence[Sequence[int]], padding: int) -> TokenBatch:
+    """Rows of token ids as one right-padded batch."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return TokenBatch(ids=ids, mask=mask)
+
+
+def text_batches(
+    tokenizer: Any, texts: Sequence[str], *, max_tokens: int = MAX_TOKENS, batch_tokens: int = 4096
+) -> list[TokenBatch]:
+    """Texts as batches of token rows, texts of like length together.
+
+    Args:
+        tokenizer: The model's tokenizer; its default special tokens are added.
+        texts: The texts.
+        max_tokens: Longer texts are cut.
+        batch_tokens: Most tokens of a batch, padding included (one long text may exceed it).
+
+    Returns:
+        The batches. Texts with fewer than two tokens, which have no next token to predict, are left out.
+
+    Raises:
+        TextsError: No text has two tokens.
+    """
+    rows = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    rows = sorted((row for row in rows if len(row) >= 2), key=len)
+    if not rows:
+        raise TextsError("no capability text has two tokens; there is no next token to predict")
+    groups: list[list[list[int]]] = [[]]
+    for row in rows:
+        if groups[-1] and len(row) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return [pad(group, padding_id(tokenizer)) for group in groups]
+
+
+def next_tokens(batch: TokenBatch) -> Tensor:
+    """Labels (rows, length): the next token at every position that has one, −100 elsewhere."""
+    labels = torch.full_like(batch.ids, -100)
+    labels[:, :-1] = torch.where(batch.mask[:, 1:].bool(), batch.ids[:, 1:], -100)
+    return labels

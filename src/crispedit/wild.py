@@ -1,0 +1,128 @@
+"""Edit evaluation as in the wild: free greedy answers, with and without a question-answering context.
+
+Reliability is the share of edit prompts answered with the target, generalization that of their
+rephrases, locality the share of unrelated prompts still answered as the edit set says (or, where it
+says nothing, as the base model did). Percentages. (WILD, Yang et al. 2025; CrispEdit, appendix E.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .curvature import Progress, no_progress
+from .edits import Edit
+from .generation import answers
+from .judge import Judge, exact
+from .rows import Prompter
+
+QA_CONTEXT = "Please answer the question: \n\nQ: {q}\nA:"
+CONTEXTS = ("no_context", "qa_context")
+
+Scores = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of an edit, what it asks after, and the answer that would be right (``None``: the base model's)."""
+
+    edit: int
+    kind: str
+    prompt: str | tuple[tuple[str, str], ...]
+    expected: str | None
+
+
+def questions(edits: Sequence[Edit]) -> list[Question]:
+    """Every evaluation prompt of the edits: reliability, generalization and locality."""
+    found: list[Question] = []
+    for number, edit in enumerate(edits):
+        found.append(Question(number, "reliability", edit.turns or edit.prompt, edit.target))
+        found += [Question(number, "generalization", text, edit.target) for text in edit.rephrases]
+        found += [Question(number, "locality", near.prompt, near.answer) for near in edit.locality]
+    return found
+
+
+def in_context(prompt: str | tuple[tuple[str, str], ...], context: str) -> str | tuple[tuple[str, str], ...]:
+    """A prompt as the context puts it; in a conversation, its last turn."""
+    if context == "no_context":
+        return prompt
+    if isinstance(prompt, str):
+        return QA_CONTEXT.format(q=prompt)
+    role, content = prompt[-1]
+    return (*prompt[:-1], (role, QA_CONTEXT.format(q=content)))
+
+
+def ask(
+    model: Any,
+    prompter: Prompter,
+    asked: Sequence[Question],
+    context: str,
+    *,
+    stop_at_period: bool = False,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """The model's answers to questions in one context."""
+    prompts = [in_context(question.prompt, context) for question in asked]
+    return answers(model, prompter, prompts, stop_at_period=stop_at_period, what=f"asking, {context}", progress=progress)
+
+
+def score(
+    asked: Sequence[Question],
+    given: Sequence[str],
+    judge: Judge = exact,
+    base: Sequence[str] | None = None,
+) -> Scores:
+    """Scores of answers: a mean over edits, each edit's prompts of a kind counting together as one.
+
+    Args:
+        asked: The questions.
+        given: The model's answers.
+        judge: Says whether an answer is right.
+        base: The base model's answers, for questions without an expected one.
+
+    Returns:
+        ``reliability``, ``generalization`` and ``locality`` in percent; ``None`` where nothing was asked
+        or nothing is known to be right.
+    """
+    hits: dict[str, dict[int, list[bool]]] = {"reliability": {}, "generalization": {}, "locality": {}}
+    for index, (question, answer) in enumerate(zip(asked, given, strict=True)):
+        right = question.expected if question.expected is not None else base[index] if base is not None else None
+        if right is not None:
+            text = question.prompt if isinstance(question.prompt, str) else question.prompt[-1][1]
+            hits[question.kind].setdefault(question.edit, []).append(judge(text, right, answer))
+    return {kind: _percent(of_kind) for kind, of_kind in hits.items()}
+
+
+def _percent(hits: dict[int, list[bool]]) -> float | None:
+    return 100 * sum(sum(h) / len(h) for h in hits.values()) / len(hits) if hits else None
+
+
+def evaluate_edits(
+    model: Any,
+    prompter: Prompter,
+    edits: Sequence[Edit],
+    *,
+    judge: Judge = exact,
+    base: dict[str, list[str]] | None = None,
+    stop_at_period: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Scores], dict[str, list[str]]]:
+    """Asks everything about the edits in both contexts.
+
+    Args:
+        model: A causal LM, in evaluation mode.
+        prompter: Builds prompts.
+        edits: What to ask about.
+        judge: Says whether an answer is right.
+        base: The base model's answers by context, for locality prompts without an answer.
+        stop_at_period: See :func:`crispedit.generation.answers`.
+        progress: Called after every batch.
+
+    Returns:
+        Scores by context, and the answers by context (a base for a later call).
+    """
+    asked = questions(edits)
+    scores, given = {}, {}
+    for context in CONTEXTS:
+        given[context] = ask(model, prompter, asked, context, stop_at_period=stop_at_period, progress=progress)
+        scores[context] = score(asked, given[context], judge, base[context] if base else None)
+    return scores, given
