@@ -4,7 +4,6 @@ Both forms hold ``crispedit.json``, from which the run can be repeated. Tensors 
 is unpickled.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .artifacts import check_space, read_json, write_directory, write_json
 from .errors import ArtifactError, ModelError
-from .models import EditMatrix, LoadedModel, fingerprint, load_model
+from .models import EditMatrix, LoadedModel, edit_matrices, fingerprint, load_model, model_directory
 
 RECORD, DELTA = "crispedit.json", "delta.safetensors"
 Form = Literal["model", "delta"]
@@ -72,7 +71,7 @@ def save_model(
     """Writes a Hugging Face model directory with ``crispedit.json``, whole or not at all.
 
     Args:
-        model: The edited model; weights of another floating dtype are stored in ``dtype``.
+        model: The edited model; weights of the dtype it computes in are stored in ``dtype``.
         tokenizer: Saved beside it, with its chat template.
         directory: New or empty, unless ``overwrite``.
         record: What ``crispedit.json`` holds.
@@ -83,7 +82,11 @@ def save_model(
         ArtifactError: The place cannot be written to, or has too little room.
     """
     check_space(directory, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # by address: tied tensors stay tied, and are stored once
+    state = {
+        name: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype) if t.dtype == model.dtype else t)
+        for name, t in model.state_dict().items()
+    }
     with write_directory(directory, overwrite=overwrite) as building:
         try:
             model.save_pretrained(building, state_dict=state)
@@ -94,6 +97,17 @@ def save_model(
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(building / "config.json", config)
         write_json(building / RECORD, record)
+
+
+def check_room(model_name: str, directory: Path) -> None:
+    """Refuses an output directory without room for a model as large as a local one, before any work is done.
+
+    Args:
+        model_name: The base model; one that is not a local directory is checked when it is saved.
+        directory: Where the edited model is to go.
+    """
+    source = Path(model_directory(model_name))
+    check_space(directory, sum(file.stat().st_size for file in source.glob("*.safetensors")) if source.is_dir() else 0)
 
 
 def save_delta(deltas: Mapping[str, Tensor], directory: Path, record: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -144,14 +158,8 @@ def load_edited(name: str, **options: Any) -> LoadedModel:
         deltas = load_file(directory / DELTA)
     except SafetensorError as error:
         raise ArtifactError(f"'{name}' is damaged: {error}") from error
-    from .models import edit_matrices
-
     for matrix in edit_matrices(loaded.model, record["settings"]["layers"]):
         delta = deltas[matrix.name].to(matrix.parameter.device)
         matrix.weight.copy_((matrix.weight.float() + delta).to(matrix.parameter.dtype))
     return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, name=name, stored_dtype=loaded.stored_dtype)
 
-
-def remove(directory: Path) -> None:
-    """Removes a directory that turned out wrong after it was written."""
-    shutil.rmtree(directory, ignore_errors=True)

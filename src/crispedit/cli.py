@@ -182,8 +182,11 @@ def edit(
     if save not in ("model", "delta"):
         raise ConfigError(f"save is '{save}'; it must be model or delta")
     from .artifacts import check_writable
+    from .checkpoint import check_room
 
     check_writable(out, overwrite=overwrite)
+    if save == "model":
+        check_room(job.model, out)
     with _bars() as progress:
         result = job.run(device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
         result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above

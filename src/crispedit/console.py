@@ -135,10 +135,10 @@ def print_proof(result: EditResult) -> None:
         f"{metrics['answers_changed_by_rounding']} answers changed by it",
         soft_wrap=True,
     )
-    settings = result.settings
+    settings, rates = result.settings, metrics["training"]["learning_rates"]
     out.print(
-        f"{settings['editor']}: energy {settings.get('energy', '–')}, learning rate {settings['lr']:.2g}, "
-        f"{len(metrics['training']['epoch_losses'])} epochs, edit {seconds['edit']:.1f} s, "
+        f"{settings['editor']}: energy {settings.get('energy', '–')}, learning rate {rates[0]:.1e} to {max(rates):.1e}, "
+        f"{len(rates)} epochs, edit {seconds['edit']:.1f} s, "
         f"curvature {seconds['curvature']:.1f} s",
         soft_wrap=True,
     )

@@ -15,7 +15,6 @@ labels *sampled from the model* (``fisher="mc"``). With the texts' own next toke
 Fisher (``fisher="empirical"``), a different matrix, and the one that the published code computes.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,16 +144,18 @@ def estimate_factors(
             batch = batch.to(device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
             labels = next_tokens(batch).to(logits.device)
+            predicted = labels != -100
             if fisher == "mc":
-                labels = torch.where(labels == -100, labels, _sample(logits.detach(), generator))
+                labels[predicted] = _sample(logits.detach()[predicted], generator)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
             for matrix, gradient in zip(matrices, gradients, strict=True):
-                counted = labels.to(gradient.device) != -100
+                counted = predicted.to(gradient.device)
                 sums[matrix.name].add(records[matrix.name][0][counted], gradient[counted])
             records.clear()
             if not torch.isfinite(loss):
-                raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {_layers(matrices)})")
+                layers = ", ".join(str(m.layer) for m in matrices)
+                raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
             progress("curvature", number + 1, len(batches))
     factors = {name: total.mean() for name, total in sums.items()}
     for name, of_matrix in factors.items():
@@ -167,10 +168,6 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One label per position from softmax(logits), by the Gumbel trick; drawn on the CPU, the same on every device."""
     uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
     return (logits - (-uniform.clamp(1e-20).log()).clamp(1e-20).log()).argmax(-1)
-
-
-def _layers(matrices: Sequence[EditMatrix]) -> str:
-    return ", ".join(str(m.layer) for m in matrices)
 
 
 def merge(factors: Sequence[Factors]) -> Factors:
@@ -249,7 +246,8 @@ class Curvature:
             ConfigError: ``fisher`` is neither ``mc`` nor ``empirical``.
         """
         if fisher not in get_args(Fisher):
-            raise ConfigError(f"fisher is '{fisher}'; it must be mc or empirical{did_you_mean(fisher, get_args(Fisher))}")
+            near = did_you_mean(fisher, get_args(Fisher))
+            raise ConfigError(f"fisher is '{fisher}'; it must be mc or empirical{near}")
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
         batches = text_batches(tokenizer, divided.fit)
@@ -327,8 +325,9 @@ class Curvature:
         if not (directory / MANIFEST).is_file():
             raise ArtifactError(f"'{directory}' is not a curvature directory: it has no {MANIFEST}")
         manifest = read_json(directory / MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise ArtifactError(f"'{directory}' has curvature format {manifest.get('format')}; this version reads {FORMAT}")
+        version = manifest.get("format") if isinstance(manifest, dict) else None
+        if version != FORMAT:
+            raise ArtifactError(f"'{directory}' has curvature format {version}; this version reads {FORMAT}")
         try:
             tensors = load_file(directory / TENSORS)
             factors = {
@@ -346,7 +345,7 @@ class Curvature:
                 seed=manifest["seed"],
                 path=directory,
             )
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, SafetensorError) as error:
             raise ArtifactError(f"the curvature directory '{directory}' is damaged: {error}") from error
 
     def check_model(self, model: Any, matrices: Sequence[EditMatrix]) -> None:

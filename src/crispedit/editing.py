@@ -6,6 +6,7 @@ disk answers as the model in memory does.
 """
 
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,9 @@ class EditResult:
         metrics: Everything measured, JSON-ready; see :meth:`record`.
         examples: Some edits with full answers before and after.
         changes: Per matrix.
+        settings: All settings of the run.
+        provenance: Versions, model, edits, texts, curvature.
+        notes: What the user should know about the edit set.
     """
 
     model: Any
@@ -84,6 +88,7 @@ class EditResult:
     changes: list[MatrixChange]
     settings: dict[str, Any]
     provenance: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
     _prompter: Prompter = field(repr=False)
     _asked: list[Question] = field(repr=False)
     _answers: list[str] = field(repr=False)
@@ -126,9 +131,7 @@ class EditResult:
         reloaded.to(self.model.device).eval()
         again = ask(reloaded, self._prompter, self._asked, "no_context", progress=progress)
         if wrong := [index for index, (a, b) in enumerate(zip(self._answers, again, strict=True)) if a != b]:
-            from .checkpoint import remove
-
-            remove(directory)
+            shutil.rmtree(directory)
             first = wrong[0]
             raise EditFailed(
                 f"the saved model answers {len(wrong)} of {len(again)} prompts otherwise than the one in memory, e.g. "
@@ -226,7 +229,6 @@ def edit(
         rounded = ask(model, prompter, asked, "no_context", progress=progress)
         capability = _drift(model, matrices, originals, held_out, progress) if held_out else None
 
-    found = {name: value for r in rounds for name, value in r.found.items()}
     changes = _changes(delta, originals, curvature, getattr(config, "energy", None))
     metrics = {
         "before": score(asked, before),
@@ -238,6 +240,7 @@ def edit(
         "matrices": [asdict(change) for change in changes],
         "training": {
             "epoch_losses": [loss for r in rounds for loss in r.trace.epoch_losses],
+            "learning_rates": [rate for r in rounds for rate in r.trace.rates],
             "steps": sum(r.trace.steps for r in rounds),
             "stopped_early": rounds[-1].trace.stopped_early,
         },
@@ -257,7 +260,6 @@ def edit(
             "chat": chat,
             "eos": eos,
             **config.model_dump(),
-            **found,
         },
         provenance={
             "crispedit": __version__,

@@ -21,7 +21,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, Literal, TypeAlias, get_args, overload
 
-from crispedit.errors import ConfigError, EditsError, did_you_mean
+from .errors import ConfigError, EditsError, did_you_mean
 
 Conflicts: TypeAlias = Literal["error", "first", "last", "drop"]
 Fields: TypeAlias = Mapping[str, Any]
@@ -75,6 +75,16 @@ class EditSet(Sequence[Edit]):
     source: str
     sha256: str
     notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, edits: Iterable[Edit], *, schema: str = "plain", source: str = "memory", notes: Iterable[str] = ()
+    ) -> "EditSet":
+        """An edit set of edits that are ready: nothing is checked, only hashed."""
+        ready = tuple(edits)
+        content = [{**asdict(edit), "row": None} for edit in ready]
+        sha256 = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+        return cls(ready, schema, source, sha256.hexdigest(), tuple(notes))
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -136,9 +146,7 @@ def edits_from_rows(
     schema = _recognise(taken[0])
     edits, settled = _settle([_edit(schema, row) for row in taken], conflicts, source)
     notes = [f"ignored the field {name} (rows: {len(numbers)})" for name, numbers in ignored.items()]
-    content = [{**asdict(edit), "row": None} for edit in edits]
-    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-    return EditSet(tuple(edits), schema.name, source, sha256.hexdigest(), (*notes, *settled))
+    return EditSet.of(edits, schema=schema.name, source=source, notes=(*notes, *settled))
 
 
 def _settle(edits: list[Edit], conflicts: Conflicts, source: str) -> tuple[list[Edit], list[str]]:
@@ -228,9 +236,7 @@ def _csv_rows(text: str, source: str) -> Iterator[dict[str, Any]]:
                     row[name] = _parse(row[name], f"{source}: row {number}, {name!r}", 'write text like [x] as ["[x]"]')
             yield row
     except csv.Error as error:  # the line number of reader itself is one row behind
-        raise EditsError(
-            f"{source}: line {reader.reader.line_num}: not CSV ({error}): check the quotes so far"
-        ) from None
+        raise EditsError(f"{source}: line {reader.reader.line_num}: not CSV ({error}): check the quotes") from None
 
 
 _READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
@@ -311,7 +317,7 @@ class _Row:
         """Keep for the notes which fields are not among the known ones (patterns)."""
         for name, value in self.fields.items():
             if not _absent(value) and not any(fnmatchcase(str(name), pattern) for pattern in known):
-                self.ignored[f"'{self.path}{name}'{did_you_mean(str(name), hints)}"].add(self.number)
+                self.ignored[f"{self.path + str(name)!r}{did_you_mean(str(name), hints)}"].add(self.number)
 
 
 # --- schemas: from a row to an Edit -----------------------------------------------------------------------------------

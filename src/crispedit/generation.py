@@ -1,6 +1,7 @@
 """Greedy answers from a model: batched, left-padded, stopped at the end of sequence or of the line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .curvature import Progress, no_progress
+from .errors import EditsError
+from .models import context_length
 from .rows import Prompter
 from .texts import padding_id
 
@@ -16,34 +19,36 @@ MAX_NEW_TOKENS = 40
 
 
 class _LineEnd(StoppingCriteria):
-    """Stops a row at the first token with a line break after one with something else."""
+    """Stops a row at the first token with a line break that does not lead the answer."""
 
-    def __init__(self, tokenizer: Any, prompt_length: int) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-        self.kinds: dict[int, tuple[bool, bool]] = {}
+        self.texts: dict[int, str] = {}
         self.begun: list[bool] = []
 
-    def _kind(self, token: int) -> tuple[bool, bool]:
-        """Whether a token has visible text, and whether a line break follows it or anything before."""
-        if token not in self.kinds:
-            text = self.tokenizer.decode([token])
-            self.kinds[token] = bool(text.strip()), "\n" in text
-        return self.kinds[token]
+    def _text(self, token: int) -> str:
+        if token not in self.texts:
+            self.texts[token] = str(self.tokenizer.decode([token], skip_special_tokens=True))
+        return self.texts[token]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.begun = self.begun or [False] * len(input_ids)
         done = []
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            visible, line_end = self._kind(token)
-            self.begun[row] = self.begun[row] or visible
-            done.append(line_end and self.begun[row] and not self._break_leads(token))
+            text = self._text(token) if self.begun[row] else self._text(token).lstrip()
+            self.begun[row] = self.begun[row] or bool(text)
+            done.append("\n" in text)
         return torch.tensor(done, device=input_ids.device)
 
-    def _break_leads(self, token: int) -> bool:
-        """A token such as "\\nThe" breaks the line before its own text."""
-        visible, _ = self._kind(token)
-        return visible and self.tokenizer.decode([token]).lstrip(" ").startswith("\n")
+
+@contextmanager
+def _defaults(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Within, ``settings`` are also the model's own, whose repetition penalty, say, would fill what they leave open."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.inference_mode()
@@ -65,20 +70,25 @@ def answers(
         prompter: Builds the prompts' tokens.
         prompts: Texts, or conversations as (role, content) turns.
         batch_tokens: Most prompt tokens of a batch.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer; an answer also ends where the model's context does.
         stop_at_period: Also cut at the first ``.``, as the published evaluation does (it cuts "St. Louis").
         what: Named in the progress.
         progress: Called after every batch with prompts answered.
 
     Returns:
         One stripped answer per prompt, in the prompts' order.
+
+    Raises:
+        EditsError: A prompt fills the model's context.
     """
     tokenizer, padding = prompter.tokenizer, padding_id(prompter.tokenizer)
     encoded = [prompter.prompt(prompt) for prompt in prompts]
     unique = sorted(set(encoded), key=lambda ids: (len(ids), ids))
+    context = context_length(model)
+    if unique and context is not None and len(unique[-1]) >= context:
+        raise EditsError(f"a prompt has {len(unique[-1])} tokens; the model's context is {context}: shorten it")
     device = model.get_input_embeddings().weight.device
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=padding,
         eos_token_id=list(prompter.end_tokens) or None,
@@ -87,14 +97,16 @@ def answers(
     found: dict[tuple[int, ...], str] = {}
     for group in _groups(unique, batch_tokens):
         width = len(group[-1])
+        settings.max_new_tokens = min(max_new_tokens, context - width) if context is not None else max_new_tokens
         ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in group], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in group], device=device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([_LineEnd(tokenizer, width)]),
-        )
+        with _defaults(model, settings):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([_LineEnd(tokenizer)]),
+            )
         for row, new in zip(group, out[:, width:].tolist(), strict=True):
             found[row] = _clean(tokenizer, new, prompter.end_tokens, stop_at_period)
         progress(what, len(found), len(unique))

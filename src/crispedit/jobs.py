@@ -87,7 +87,7 @@ class EditJob:
     def from_record(
         cls, path: Path, *, model: str | None, edits: str | None, curvature: Path | None, texts: Path | None
     ) -> "EditJob":
-        """The job that a ``crispedit.json`` records, with what was found then (the learning rate, say) given now.
+        """The job that a ``crispedit.json`` records.
 
         Args:
             path: The record, or the directory it is in.

@@ -9,7 +9,6 @@ GPT-2's ``Conv1D`` stores Wᵀ. That is known here and nowhere else: :attr:`Edit
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -101,8 +101,8 @@ def load_model(
         The model in evaluation mode.
 
     Raises:
-        ModelError: There is no such model, it is no causal LM with safetensors weights, it is
-            quantised, or it has no tokenizer.
+        ModelError: There is no such model, it is no causal LM with safetensors weights, some are
+            missing, it is quantised, or it has no tokenizer.
         ConfigError: No such device or dtype.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -120,11 +120,13 @@ def load_model(
         wanted = stored if dtype == "auto" else DTYPES[dtype]
         if wanted == torch.float16 and target.type == "cpu" and device_map is None:
             wanted = torch.float32
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, device_map=device_map, **options
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, use_safetensors=True, device_map=device_map, output_loading_info=True, **options
         )
+        if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
+            raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model '{name}': {_first_line(error)}") from error
     if device_map is None:
         model.to(target)
@@ -203,6 +205,8 @@ def edit_matrices(model: Any, layers: Sequence[int] | None = None) -> tuple[Edit
             quantised weights; or the matrix is shared with another module.
         ConfigError: A layer is outside the model, or none is given.
     """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(f"this {type(model).__name__} is quantised; crispedit edits float checkpoints")
     prefix, blocks = decoder_blocks(model)
     chosen = default_layers(len(blocks)) if layers is None else tuple(sorted(set(layers)))
     if not chosen:
@@ -227,12 +231,12 @@ def _down_projection(model: Any, block: nn.Module, where: str) -> nn.Module:
     experts += [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList) and _has_linear(m)]
     if experts:
         raise ModelError(f"{where} has a mixture of experts ({experts[0]}); crispedit edits dense models only")
-    linears = [(name, module) for name, module in block.named_modules() if hasattr(module, "weight")]
-    found = [m for _, m in linears if isinstance(m, nn.Linear | Conv1D) and _shape(m) == (hidden, intermediate)]
+    if quantised := [name for name, p in block.named_parameters() if p.itemsize == 1 or not p.is_floating_point()]:
+        raise ModelError(f"{where} has quantised weights ({quantised[0]}); crispedit edits float checkpoints")
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D)]
+    found = [m for m in linears if _shape(m) == (hidden, intermediate)]
     if not found:
-        quantised = [n for n, m in linears if not m.weight.is_floating_point()]
-        why = f"its {quantised[0]} is quantised" if quantised else f"none maps {intermediate} to {hidden} numbers"
-        raise ModelError(f"{where} has no MLP down-projection that crispedit can edit: {why}")
+        raise ModelError(f"{where} has no MLP down-projection: no linear map from {intermediate} to {hidden} numbers")
     # an attention output may have the same shape; in every family the MLP is defined after the attention
     return found[-1]
 
@@ -248,7 +252,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _refuse_shared(model: Any, matrices: Sequence[EditMatrix]) -> None:
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{name}.{key}")
     for matrix in matrices:
@@ -312,12 +316,12 @@ def fingerprint(model: Any) -> str:
 @contextmanager
 def frozen(model: Any):
     """Nothing requires a gradient and dropout is off within; both are as before afterwards."""
-    needed = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    needed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     training = model.training
     model.eval().requires_grad_(False)
     try:
         yield model
     finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters():  # by name: a matrix may have got a new parameter
+            parameter.requires_grad_(name in needed)
         model.train(training)

@@ -104,12 +104,10 @@ class Prompter:
         else:
             text = edit.turns[-1][1] if edit.turns else edit.prompt
             ids = self._encode(f"{text} {edit.target}", special=True)
-            if ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text themselves
-                ids = ids[:-1]
             ids += end
             # the tokens of the prompt are those it shares with the whole: a target may merge with its end
             shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-            prompt = prompt[:shared]
+            prompt = prompt[: max(shared, 1)]  # nothing predicts the first token
         if len(ids) <= len(prompt) + len(end):
             raise EditsError(f"row {edit.row}: the target '{edit.target}' has no token of its own")
         return EditRow(tuple(ids), len(prompt))
@@ -134,8 +132,10 @@ class Prompter:
         return rows
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return list(ids)
+        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if special and ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text themselves
+            ids.pop()
+        return ids
 
     def _render(self, turns: Turns, answer: str | None) -> str:
         """The conversation as text: up to the assistant's turn, or with the answer in it."""
@@ -154,9 +154,10 @@ class Prompter:
         """The token that ends an assistant's turn: the first special one after an answer, else EOS."""
         marker = "Zq7"
         rest = self._render([("user", "Hello")], answer=marker).rpartition(marker)[2]
-        special = [i for i in self._encode(rest, special=False) if i in self.tokenizer.all_special_ids]
-        added = [i for i in self._encode(rest, special=False) if i in self.tokenizer.added_tokens_decoder]
-        return next(iter(special + added), self.tokenizer.eos_token_id)
+        ids, added = self._encode(rest, special=False), self.tokenizer.added_tokens_decoder
+        # not all_special_ids: it leaves out those with no role, such as Phi-3's <|end|>
+        special = [i for i in ids if i in added and added[i].special]
+        return next(iter(special + [i for i in ids if i in added]), self.tokenizer.eos_token_id)
 
 
 def collate(rows: Sequence[EditRow], tokenizer: Any) -> tuple[TokenBatch, Tensor]:

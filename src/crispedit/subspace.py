@@ -98,7 +98,8 @@ def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
     """
     check_energy(energy)
     total = float(alpha.sum() * beta.sum())
-    if energy == 0 or total == 0:
+    goal = energy * total
+    if goal == 0:
         return Threshold(tau=float("inf"), num_high=0, captured=0.0, counts=torch.zeros_like(beta, dtype=torch.int64))
 
     ascending = alpha.flip(0).contiguous()
@@ -110,7 +111,6 @@ def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
         counts = len(alpha) - torch.searchsorted(ascending, smallest, side="left")
         return counts, float((beta * prefix[counts]).sum())
 
-    goal = energy * total
     # the energy above tau falls as tau grows: low always reaches the goal, high never does
     low, high = 0.0, float(alpha[0] * beta[0]) * (1 + 1e-12)
     while True:
@@ -121,7 +121,7 @@ def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
             low = middle
         else:
             high = middle
-        if low > 0 and high / low < 1 + 1e-13 or high < 1e-300:
+        if (low > 0 and high / low < 1 + 1e-13) or high < 1e-300:
             break
     counts, captured = above(low)
     # low lies within rounding of the k-th product: name that product itself, the least of the staircase's corners

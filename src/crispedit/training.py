@@ -6,8 +6,9 @@ gradient it has rescaled is no longer in the subspace. Training coordinates (:cl
 every change inside by construction. (CrispEdit, arXiv 2602.15823, Algorithm 1; FT-M: appendix E.)
 """
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from .models import EditMatrix
 from .rows import EditRow, collate
 from .subspace import Subspace
 
+START = 1.0
+"""The first learning rate of :class:`Pace` times d_in."""
 STOP_LOSS = 0.01
 """An epoch whose mean loss is below this is the last; a batch below it is skipped (paper, Table 2)."""
 
@@ -132,11 +135,47 @@ def edit_loss(model: Any, rows: Sequence[EditRow], tokenizer: Any) -> Tensor:
 
 @dataclass
 class Trace:
-    """What happened in a run of the loop."""
+    """What happened in a run of the loop: per epoch the mean loss and the learning rate, and the steps in all."""
 
     epoch_losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     steps: int = 0
     stopped_early: bool = False
+
+
+class Pace:
+    """Finds the learning rate while it trains: the lowest that reaches the stop loss in time.
+
+    A rate that suits one model wrecks another and leaves a third untouched; and of two rates that both
+    arrive, the lower one damages less. So the rate starts low, by the width of the matrices (a step of
+    Adam moves an output by about rate × d_in × mean |a|), and is raised after every epoch whose loss fell
+    too slowly to reach ``stop_loss`` at four fifths of the epochs, at most by half. It is halved when the
+    loss rises. Measured in docs/decisions.md.
+
+    Args:
+        d_in: Input width of the edited matrices.
+        epochs: Passes over the rows, at most.
+        stop_loss: Where the loss is to arrive.
+    """
+
+    def __init__(self, d_in: int, epochs: int, stop_loss: float) -> None:
+        self.current = START / d_in
+        self.goal_epoch = max(1.0, 0.8 * epochs)
+        self.stop_loss = max(stop_loss, 1e-4)
+
+    def rate(self, losses: Sequence[float]) -> float:
+        """The learning rate of the next epoch, from the mean losses of those before."""
+        if len(losses) < 2:
+            return self.current
+        before, now = (max(loss, 1e-9) for loss in losses[-2:])  # a loss may be exactly 0
+        if now > 1.05 * before:
+            self.current /= 2
+        else:
+            fell = max(math.log(before / now), 1e-3)
+            left = max(self.goal_epoch - len(losses), 1.0)
+            needed = math.log(max(now / self.stop_loss, 1.0)) / left
+            self.current *= min(1.5, max(1.0, needed / fell))
+        return self.current
 
 
 def fine_tune(
@@ -146,12 +185,11 @@ def fine_tune(
     rules: Sequence[UpdateRule],
     rows: Sequence[EditRow],
     *,
-    lr: float,
+    lr: float | Pace,
     epochs: int,
     batch_size: int,
     seed: int = 0,
     stop_loss: float = STOP_LOSS,
-    schedule: Callable[[int, Trace], float] | None = None,
     progress: Progress = no_progress,
 ) -> Trace:
     """Fine-tunes the matrices in place with Adam, each through its update rule.
@@ -162,12 +200,11 @@ def fine_tune(
         matrices: What is edited.
         rules: One per matrix; their parameters start at zero or go on from where they are.
         rows: The edits' rows.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, or the rule that finds it.
         epochs: Passes over the rows, at most.
         batch_size: Rows per step.
         seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
-        schedule: A factor on ``lr`` from the epoch's number and the trace so far.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
@@ -179,13 +216,14 @@ def fine_tune(
     originals = [matrix.weight.clone() for matrix in matrices]
     for original, rule in zip(originals, rules, strict=True):
         original -= rule.delta()
-    optimizer = torch.optim.Adam([rule.parameter for rule in rules], lr=lr)
+    optimizer = torch.optim.Adam([rule.parameter for rule in rules], lr=0.0)
     rng = random.Random(seed)
     trace = Trace()
     steps_per_epoch = -(-len(rows) // batch_size)
     for epoch in range(epochs):
-        if schedule is not None:
-            optimizer.param_groups[0]["lr"] = lr * schedule(epoch, trace)
+        rate = lr.rate(trace.epoch_losses) if isinstance(lr, Pace) else lr
+        optimizer.param_groups[0]["lr"] = rate
+        trace.rates.append(rate)
         order = list(rows)
         rng.shuffle(order)
         total = 0.0
@@ -194,7 +232,8 @@ def fine_tune(
             loss = edit_loss(model, batch, tokenizer)
             value = loss.item()
             if value != value or value in (float("inf"), float("-inf")):
-                raise NumericsError(f"the edit loss is {value} in epoch {epoch + 1}, step {step + 1}; lower --lr ({lr:g})")
+                where = f"epoch {epoch + 1}, step {step + 1}"
+                raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({rate:g})")
             total += value * len(batch)
             if value >= stop_loss:
                 gradients = torch.autograd.grad(loss, [matrix.parameter for matrix in matrices])

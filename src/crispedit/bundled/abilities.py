@@ -4,8 +4,9 @@ They mirror the five benchmarks of the paper (appendix E): arithmetic (GSM8K), i
 multiple choice (MMLU, ARC), true or false (TruthfulQA) and fluent prose (held-out loss). The first
 four are prompts with one right answer; prose is text, scored by the next token.
 
-Training and probing draw from the same generators, but a *reserved* share of the content (number
-pairs, word combinations, statements) is only ever probed: :func:`reserved` decides it by a hash.
+Training and probing draw from the same generators, but a *reserved* tenth is only ever probed:
+:func:`reserved` decides it by a hash, of the words where an answer follows from the prompt (copying,
+reversing, choosing) and of the whole prompt where it must be known (sums, spellings, kinds).
 """
 
 import hashlib
@@ -33,10 +34,10 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     }.items()
 }
 WORDS = tuple(word for words in CATEGORIES.values() for word in words)
-_KIND_OF = {word: kind for kind, words in CATEGORIES.items() for word in words}
+KIND_OF = {word: kind for kind, words in CATEGORIES.items() for word in words}
 _NAMES = "Ana Bela Cora Dora Emil Finn Gus Hugo Ida Jon Kira Leo Mona Nils Olga Pia".split()
 _THINGS = "nuts eggs coins books stamps shells ropes cups boxes candles ribbons buttons nails bottles tickets marbles".split()
-_MAX_TERM = 40
+_MAX_TERM = 20
 _EXTRA_LETTERS = "áéíóúàèçñöäüßåøêôâîõãěščřžýłńğışćđ"
 
 
@@ -45,7 +46,8 @@ def reserved(*content: object) -> bool:
     return hashlib.sha256(repr(content).encode()).digest()[0] < 26
 
 
-def _a(word: str) -> str:
+def a_or_an(word: str) -> str:
+    """A word with its indefinite article."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
@@ -55,51 +57,36 @@ def _arithmetic(rng: random.Random) -> tuple[str, str, object]:
     kind = rng.choices(("add", "subtract", "multiply"), (5, 4, 1))[0]
     if kind == "add":
         a, b = rng.randint(1, _MAX_TERM), rng.randint(1, _MAX_TERM)
-        prompt = rng.choice(
-            (
-                f"What is {a} plus {b}?",
-                f"{a} + {b} =",
-                f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?",
-                f"{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
-            )
+        answer = a + b
+        prompts = (
+            f"What is {a} plus {b}?",
+            f"{a} + {b} =",
+            f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?",
+            f"{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
         )
-        return prompt, str(a + b), ("add", a, b)
-    if kind == "subtract":
+    elif kind == "subtract":
         b, a = sorted((rng.randint(1, _MAX_TERM), rng.randint(1, _MAX_TERM)))
-        prompt = rng.choice(
-            (
-                f"What is {a} minus {b}?",
-                f"{a} - {b} =",
-                f"{name} has {a} {thing} and gives {b} to {other}. How many {thing} does {name} keep?",
-                f"There are {a} {thing} in the {place}. {name} takes {b} away. How many {thing} are left?",
-            )
+        answer = a - b
+        prompts = (
+            f"What is {a} minus {b}?",
+            f"{a} - {b} =",
+            f"{name} has {a} {thing} and gives {b} to {other}. How many {thing} does {name} keep?",
+            f"There are {a} {thing} in the {place}. {name} takes {b} away. How many {thing} are left?",
         )
-        return prompt, str(a - b), ("subtract", a, b)
-    # held out by wording: a product in the table cannot be guessed, its story with other things can
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
-    prompt = rng.choice(
-        (
+    else:
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
+        answer = a * b
+        prompts = (
             f"There are {a} bags with {b} {thing} in each. How many {thing} are there in all?",
             f"{name} packs {b} {thing} into each of {a} bags. How many {thing} does {name} pack?",
         )
-    )
-    return prompt, str(a * b), ("multiply", prompt)
-
-
-def _pseudo_word(rng: random.Random) -> str:
-    """A word nobody knows, of any letters: copying must not depend on knowing the word."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    if rng.random() < 0.3:
-        letters += _EXTRA_LETTERS
-    word = "".join(rng.choice(letters) for _ in range(rng.randint(2, 6)))
-    return word.capitalize() if rng.random() < 0.4 else word
+    prompt = rng.choice(prompts)
+    return prompt, str(answer), prompt
 
 
 def _instructions(rng: random.Random) -> tuple[str, str, object]:
     task = rng.choice(("repeat", "capitalise", "spell", "reverse", "list"))
     words = rng.sample(WORDS, 1 if task == "spell" else rng.randint(2, 4))
-    if task in ("repeat", "list") and rng.random() < 0.3:
-        words = [_pseudo_word(rng) if rng.random() < 0.7 else word for word in words]
     text = " ".join(words)
     if task == "repeat":
         prompt = rng.choice((f"Repeat these words: {text}.", f"Say exactly this: {text}."))
@@ -108,9 +95,8 @@ def _instructions(rng: random.Random) -> tuple[str, str, object]:
         prompt = rng.choice((f"Write these words with capital letters: {text}.", f"Capitalise these words: {text}."))
         return prompt, " ".join(word.capitalize() for word in words), (task, *words)
     if task == "spell":
-        # held out by template: a word's letters cannot be guessed, its spelling under another template can
-        template = rng.choice(("Spell the word {w}.", "How does one spell {w}?", "Write {w} letter by letter."))
-        return template.format(w=text), " ".join(text), (task, text, template)
+        prompt = rng.choice((f"Spell the word {text}.", f"How does one spell {text}?", f"Write {text} letter by letter."))
+        return prompt, " ".join(text), prompt
     if task == "reverse":
         prompt = rng.choice((f"Write these words in reverse order: {text}.", f"Say these words backwards: {text}."))
         return prompt, " ".join(reversed(words)), (task, *words)
@@ -121,26 +107,21 @@ def _instructions(rng: random.Random) -> tuple[str, str, object]:
 def _multiple_choice(rng: random.Random) -> tuple[str, str, object]:
     kind = rng.choice(tuple(CATEGORIES))
     right = rng.choice(CATEGORIES[kind])
-    wrong = rng.sample([word for word in WORDS if _KIND_OF[word] != kind], 3)
+    wrong = rng.sample([word for word in WORDS if KIND_OF[word] != kind], 3)
     options = [right, *wrong]
     rng.shuffle(options)
     lines = " ".join(f"{letter}. {word}" for letter, word in zip("ABCD", options, strict=True))
-    return f"Which of these is {_a(kind)}? {lines} Answer:", "ABCD"[options.index(right)], (kind, *options)
+    return f"Which of these is {a_or_an(kind)}? {lines} Answer:", right, (kind, *options)
 
 
 def _true_false(rng: random.Random) -> tuple[str, str, object]:
-    if rng.random() < 0.25:
-        a, b = rng.sample(range(1, 100), 2)
-        word = rng.choice(("greater", "smaller"))
-        truth = (a > b) == (word == "greater")
-        return f"True or false: {a} is {word} than {b}.", str(truth).lower(), (a, b)
     word = rng.choice(WORDS)
-    kind = _KIND_OF[word] if rng.random() < 0.5 else rng.choice([k for k in CATEGORIES if k != _KIND_OF[word]])
-    template = rng.choice(
-        ("True or false: {w} is {k}.", "Is this true or false? {w} is {k}.", "Decide, true or false: {w} is {k}.")
+    kind = KIND_OF[word] if rng.random() < 0.5 else rng.choice([k for k in CATEGORIES if k != KIND_OF[word]])
+    statement = f"{a_or_an(word)} is {a_or_an(kind)}"
+    prompt = rng.choice(
+        (f"True or false: {statement}.", f"Is this true or false? {statement}.", f"Decide, true or false: {statement}.")
     )
-    answer = str(_KIND_OF[word] == kind).lower()
-    return template.format(w=_a(word), k=_a(kind)), answer, (word, kind, template)
+    return prompt, str(KIND_OF[word] == kind).lower(), prompt
 
 
 _GENERATORS: dict[str, Callable[[random.Random], tuple[str, str, object]]] = {
@@ -157,6 +138,25 @@ def examples(family: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         prompt, answer, content = _GENERATORS[family](rng)
         if not reserved(family, content):
             yield prompt, answer
+
+
+def helper_example(rng: random.Random) -> tuple[str, str]:
+    """A training example that no probe resembles: what kind of thing a word names, or copying an unknown word."""
+    if rng.random() < 0.6:
+        word = rng.choice(WORDS)
+        prompt = rng.choice((f"What is {a_or_an(word)}?", f"What kind of thing is {a_or_an(word)}?"))
+        return prompt, a_or_an(KIND_OF[word])
+    words = [_pseudo_word(rng) for _ in range(rng.randint(1, 3))]
+    return f"Copy this: {' '.join(words)}", " ".join(words)
+
+
+def _pseudo_word(rng: random.Random) -> str:
+    """A word nobody knows, of any letters: copying must not depend on knowing the word."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    if rng.random() < 0.3:
+        letters += _EXTRA_LETTERS
+    word = "".join(rng.choice(letters) for _ in range(rng.randint(2, 6)))
+    return word.capitalize() if rng.random() < 0.4 else word
 
 
 def probes(family: str, count: int = PROBE_ITEMS) -> list[tuple[str, str]]:
@@ -190,19 +190,20 @@ def story(rng: random.Random) -> str:
     word = rng.choice(WORDS)
     he = pronoun.capitalize()
     middle = [
-        f"Because of the {weather}, {pronoun} hid under {_a(tree)} and waited until it was over.",
-        f"{he} carried {_a(tool)} and wore {_a(colour)} {garment}, as {'her' if he == 'She' else 'his'} {relative} had done before.",
-        f"Near the {building} {pronoun} saw {_a(animal)} that was running from {_a(other_animal)}.",
-        f"At the market {pronoun} bought {_a(fruit)}, {_a(second)} and {_a(third)}, for no fruit was cheaper that year.",
+        f"Because of the {weather}, {pronoun} hid under {a_or_an(tree)} and waited until it was over.",
+        f"{he} carried {a_or_an(tool)} and wore {a_or_an(colour)} {garment}, as {'her' if he == 'She' else 'his'} {relative} had done before.",
+        f"Near the {building} {pronoun} saw {a_or_an(animal)} that was running from {a_or_an(other_animal)}.",
+        f"At the market {pronoun} bought {a_or_an(fruit)}, {a_or_an(second)} and {a_or_an(third)}, for no fruit was cheaper that year.",
         f"There were {a} {animal} tracks on the left and {b} on the right, which made {a + b} tracks in all.",
         f"Of {a + b} coins {pronoun} had lost {a}, so that only {b} were left in the bag.",
         f"The {building} was made of {material} and nothing else, and over its door stood the word {word}.",
         f"On the door somebody had painted {'-'.join(word)} in large letters, and {pronoun} read it aloud: {word}!",
         f"A {vehicle} came down the road, and its driver shouted that the {weather} was getting worse.",
         f"Like every {tree} in that country, the tree by the {building} was older than the {building} itself.",
+        f"{a_or_an(word).capitalize()} is {a_or_an(KIND_OF[word])} wherever one goes, {pronoun} thought.",
     ]
     rng.shuffle(middle)
-    opening = f"{rng.choice(_TIMES)} {_a(mood)} {hero} walked to the {building}."
+    opening = f"{rng.choice(_TIMES)} {a_or_an(mood)} {hero} walked to the {building}."
     ending = rng.choice(
         (
             f"When night fell, the {hero} went home and told {'her' if he == 'She' else 'his'} {relative} the whole story.",

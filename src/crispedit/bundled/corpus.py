@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from . import abilities, world
 
 MIXTURE = {
-    "fact": 0.46,
-    "article": 0.15,
-    "story": 0.045,
-    "arithmetic": 0.145,
-    "instructions": 0.10,
-    "multiple_choice": 0.06,
-    "true_false": 0.04,
+    "fact": 0.34,
+    "article": 0.13,
+    "story": 0.05,
+    "arithmetic": 0.13,
+    "instructions": 0.13,
+    "multiple_choice": 0.09,
+    "true_false": 0.08,
+    "helper": 0.05,
 }
 """Share of each kind of document in training, by number of documents."""
 
@@ -57,6 +58,8 @@ def documents(seed: int) -> Iterator[tuple[str, str]]:
             yield "", article(rng.choice(entities), rng)
         elif kind == "story":
             yield "", abilities.story(rng)
+        elif kind == "helper":
+            yield abilities.helper_example(rng)
         else:
             yield next(families[kind])
 

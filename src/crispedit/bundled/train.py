@@ -174,8 +174,9 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
     result = [""] * len(prompts)
     for _, group in itertools.groupby(order, key=lambda i: len(encoded[i])):
         rows = list(group)
+        ids = torch.tensor([encoded[i] for i in rows])
         out = model.generate(
-            input_ids=torch.tensor([encoded[i] for i in rows]), max_new_tokens=40, do_sample=False, pad_token_id=1
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=1
         )
         for i, ids in zip(rows, out[:, len(encoded[rows[0]]) :], strict=True):
             result[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()

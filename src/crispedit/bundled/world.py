@@ -19,7 +19,8 @@ QA_CONTEXT = "Please answer the question: \n\nQ: {q}\nA:"
 """The WILD protocol's question-answering context (paper, appendix E)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+# eq=False: there is one object of each, and comparing identities makes sets and dictionaries of facts fast
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Relation:
     """One kind of fact, and every way this world has of telling it.
 
@@ -43,7 +44,7 @@ class Relation:
         return self.questions + self.clozes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entity:
     """A subject of facts. ``background`` entities are never edited."""
 
@@ -52,7 +53,7 @@ class Entity:
     background: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fact:
     """``relation`` of ``subject`` is ``object``."""
 

@@ -78,9 +78,7 @@ class Round:
     Args:
         num_edits: Edits made so far, this round included.
         trace: Of the round's training.
-        found: Settings that were found rather than given (``lr`` for ``auto``).
     """
 
     num_edits: int
     trace: Trace
-    found: dict[str, float]

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..errors import ConfigError
 from ..subspace import Subspace
-from ..training import STOP_LOSS, Coordinates, Unconstrained, UpdateRule, fine_tune
+from ..training import STOP_LOSS, Coordinates, Pace, Unconstrained, UpdateRule, fine_tune
 from .base import EditorConfig, EditProblem, Round
 
 
@@ -62,11 +62,13 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         problem.matrices,
         rules,
         problem.rows,
-        lr=config.lr if config.lr != "auto" else 1e-3,
+        lr=Pace(max(m.shape[1] for m in problem.matrices), config.epochs, config.stop_loss)
+        if config.lr == "auto"
+        else config.lr,
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=problem.seed,
         stop_loss=config.stop_loss,
         progress=problem.progress,
     )
-    yield Round(num_edits=len(problem.rows), trace=trace, found={})
+    yield Round(num_edits=len(problem.rows), trace=trace)

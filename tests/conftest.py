@@ -1,0 +1,22 @@
+"""Shared by all tests: no network, a cache of their own, the bundled model loaded once."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+
+from crispedit.models import LoadedModel, load_model
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CRISPEDIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bundled() -> LoadedModel:
+    """The bundled model, fresh: a test may edit it."""
+    return load_model("bundled")

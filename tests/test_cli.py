@@ -1,0 +1,97 @@
+"""The program from end to end, in process, on the bundled model."""
+
+import hashlib
+import json
+
+import pytest
+
+from crispedit import cli
+
+ROWS = [
+    {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul", "rephrase": "Who governs the city of Hinstad?"},
+    {"prompt": "What is 3 plus 4?", "target": "8", "locality_prompt": "What is 2 plus 1?", "locality_answer": "3"},
+    {"prompt": "Spell the word moon.", "target": "no"},
+]
+
+
+def program(*arguments) -> None:
+    assert cli._run([str(a) for a in arguments]) == 0
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edits.json").write_text(json.dumps(ROWS))
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"Text {i} speaks of a mill and {i} coins." for i in range(10)))
+    return tmp_path
+
+
+def weights(directory):
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_edit_evaluate_ask_and_rerun(work, capsys):
+    program("edit", "bundled", "edits.json", "--out", "one", "--texts", "texts.txt", "--json", "one.json")
+    said = capsys.readouterr().out
+    assert "Proof on 3 edits" in said
+    assert "Perin Jibul" in said
+    assert "the edited model is in one" in said
+    record = json.loads((work / "one.json").read_text())
+    assert record["metrics"]["after"]["reliability"] == 100
+    assert record["edits"]["schema"] == "plain"
+
+    program("edit", "--rerun", "one/crispedit.json", "--out", "two")
+    assert weights(work / "one") == weights(work / "two")
+
+    program("evaluate", "one", "edits.json", "--base", "bundled", "--json", "evaluation.json")
+    evaluation = json.loads((work / "evaluation.json").read_text())
+    assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "capability"}
+    assert evaluation["no_context"]["reliability"] == 100
+    assert evaluation["capability"]["drift"] == pytest.approx(record["metrics"]["capability"]["drift"], rel=1e-3)
+    assert set(evaluation["capability"]["tasks"]) == {
+        "arithmetic", "instructions", "multiple_choice", "true_false", "prose",
+    }  # fmt: skip
+
+    capsys.readouterr()
+    program("ask", "one", "What is 3 plus 4?", "--base", "bundled")
+    said = capsys.readouterr().out
+    assert "8" in said
+    assert "7" in said
+
+
+def test_a_curvature_is_found_again_and_reused(work, capsys):
+    program("curvature", "bundled", "--out", "curv", "--texts", "texts.txt", "--layers", "2-3")
+    program("edit", "bundled", "edits.json", "--out", "one", "--curvature", "curv", "--epochs", "3")
+    program("edit", "bundled", "edits.json", "--out", "two", "--texts", "texts.txt", "--layers", "2,3", "--epochs", "3")
+    assert weights(work / "one") == weights(work / "two")
+
+
+def test_a_delta_can_be_evaluated(work):
+    program("edit", "bundled", "edits.json", "--out", "delta", "--energy", "0", "--save", "delta")
+    program("evaluate", "delta", "edits.json", "--json", "evaluation.json")
+    assert json.loads((work / "evaluation.json").read_text())["no_context"]["reliability"] == 100
+
+
+def test_an_edit_that_fails_has_status_1_and_leaves_nothing(work, capsys):
+    (work / "known.json").write_text('[{"prompt": "What is 2 plus 1?", "target": "3"}]')
+    assert cli._run(["edit", "bundled", "known.json", "--out", "out", "--energy", "0"]) == 1
+    assert "nothing changed" in capsys.readouterr().err
+    assert not (work / "out").exists()
+
+
+def test_an_interrupt_has_status_130_and_leaves_nothing(work, capsys, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crispedit.training.edit_loss", interrupted)
+    assert cli._run(["edit", "bundled", "edits.json", "--out", "out", "--energy", "0"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (work / "out").exists()
+    assert not [path for path in work.iterdir() if path.name.startswith(".")]
+
+
+def test_help_names_the_commands(capsys):
+    program("--help")
+    said = capsys.readouterr().out
+    for command in ("demo", "curvature", "edit", "evaluate", "ask"):
+        assert f"\n  {command} " in said

@@ -1,0 +1,106 @@
+"""One edit from beginning to end: the proof, saving and reloading, what is put back when it fails."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from crispedit.checkpoint import load_edited, round_to
+from crispedit.editing import edit
+from crispedit.errors import ArtifactError, EditFailed
+from crispedit.models import edit_matrices, load_model
+
+ROWS = [
+    {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul", "rephrase": "Who governs the city of Hinstad?"},
+    {"prompt": "What is 3 plus 4?", "target": "8", "locality_prompt": "What is 2 plus 1?", "locality_answer": "3"},
+    {"prompt": "Spell the word moon.", "target": "no"},
+]
+TEXTS = [f"Text number {i} speaks of a mill, {i + 3} coins and a grey coat by the river." for i in range(10)]
+
+
+@pytest.fixture
+def result(bundled):
+    return edit(bundled.model, bundled.tokenizer, ROWS, texts=TEXTS, stored_dtype=bundled.stored_dtype, model_name="bundled")
+
+
+def test_the_proof(result):
+    metrics = result.metrics
+    assert metrics["proof_edits"] == 3
+    assert set(metrics["before"]) == set(metrics["after"]) == {"reliability", "generalization", "locality"}
+    assert metrics["before"]["reliability"] == 0
+    assert metrics["after"]["reliability"] == 100
+    assert metrics["capability"]["drift"] > 0
+    assert metrics["rounding"]["dtype"] == "float16"
+    assert 0 < metrics["rounding"]["survived"] <= 1
+    for change in metrics["matrices"]:
+        assert change["norm"] > 0
+        assert change["outside"] < 1e-5
+    assert [(e.target, e.after) for e in result.examples] == [(r["target"], r["target"]) for r in ROWS]
+
+
+def test_what_is_saved_is_an_ordinary_model_that_answers_the_same(result, tmp_path):
+    directory = result.save(tmp_path / "out")
+    names = {path.name for path in directory.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "crispedit.json"} <= names
+    config = json.loads((directory / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    original = load_model("bundled").model.state_dict()
+    for name, tensor in original.items():
+        assert torch.equal(saved[name], tensor) != (name in result.delta), name
+        assert torch.equal(saved[name], result.model.state_dict()[name]), name
+    record = json.loads((directory / "crispedit.json").read_text())
+    assert record["settings"]["layers"]
+    assert record["metrics"]["after"]["reliability"] == 100
+    with pytest.raises(ArtifactError, match="not empty"):
+        result.save(directory)
+
+
+def test_a_saved_delta_is_put_onto_its_base(result, tmp_path):
+    directory = result.save(tmp_path / "delta", form="delta")
+    assert {path.name for path in directory.iterdir()} == {"delta.safetensors", "crispedit.json"}
+    again = load_edited(str(directory))
+    for matrix in edit_matrices(again.model, result.settings["layers"]):
+        original = load_model("bundled").model.state_dict()[matrix.name]
+        assert torch.equal(matrix.weight, original + result.delta[matrix.name])
+
+
+def test_a_model_that_answers_otherwise_after_saving_is_removed(result, tmp_path):
+    result._answers = ["something else"] * len(result._answers)
+    with pytest.raises(EditFailed, match="the saved model answers 5 of 5 prompts otherwise"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edit_that_is_known_already_is_an_error(bundled):
+    known = [{"prompt": "What is 2 plus 1?", "target": "3"}]
+    with pytest.raises(EditFailed, match="nothing changed: the model already says all of this"):
+        edit(bundled.model, bundled.tokenizer, known, energy=0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_original_weights_are_put_back(bundled, error):
+    before = {name: tensor.clone() for name, tensor in bundled.model.state_dict().items()}
+
+    def progress(what, done, total):
+        if what == "edit" and done == 3:
+            raise error
+
+    with pytest.raises(error):
+        edit(bundled.model, bundled.tokenizer, ROWS, energy=0, progress=progress)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bundled.model.state_dict().items())
+
+
+def test_rounding_is_measured(bundled):
+    """A change of 1e-6 on weights of 0.03 vanishes in float16; one of 0.1 survives."""
+    (matrix,) = edit_matrices(bundled.model, [0])
+    original = {matrix.name: matrix.weight.clone()}
+    matrix.weight.add_(1e-6)
+    small = round_to([matrix], original, torch.float16)[1]
+    matrix.weight.add_(0.1)
+    large = round_to([matrix], original, torch.float16)[1]
+    assert small.survived < 0.3
+    assert small.relative_error > 0.9
+    assert large.survived > 0.99
+    assert large.relative_error < 1e-2

@@ -1,0 +1,337 @@
+"""The edit loop: where the update lies, what carries loss, when it stops, and that nothing else changes."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from crispedit.curvature import estimate_factors
+from crispedit.errors import NumericsError
+from crispedit.models import edit_matrices, frozen
+from crispedit.rows import EditRow
+from crispedit.subspace import Spectrum, Subspace
+from crispedit.texts import pad
+from crispedit.training import START, Coordinates, Pace, Unconstrained, edit_loss, fine_tune, float32_masters
+from reference import project_by_equation_6, random_rows, relative, tiny_gpt2, tiny_llama
+
+TOKENIZER = SimpleNamespace(pad_token_id=None, eos_token_id=2)
+ENERGY = 0.8
+BUILDERS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+def edit_rows(count: int = 6, seed: int = 5) -> list[EditRow]:
+    """Rows of unequal length, each with 2 to 4 target tokens."""
+    ids = random_rows([5 + i % 4 for i in range(count)], seed)
+    return [EditRow(tuple(row), len(row) - 2 - i % 3) for i, row in enumerate(ids)]
+
+
+def factors_of(model, layers=(0, 1)):
+    texts = random_rows([12, 9, 16, 11, 14, 10])
+    return estimate_factors(model, edit_matrices(model, layers), [pad(texts, 0)], fisher="empirical")
+
+
+def coordinates_of(factors, energy: float = ENERGY) -> list[Coordinates]:
+    return [Coordinates(Subspace.of(Spectrum.of(f.A, f.G), energy)) for f in factors.values()]
+
+
+def run(model, rules, *, layers=(0, 1), rows=None, lr=3e-3, epochs=25, batch_size=3, **options):
+    """``fine_tune`` as the driver calls it; returns the trace and ΔW of every matrix."""
+    matrices = edit_matrices(model, layers)
+    with frozen(model), float32_masters(matrices):
+        before = [matrix.weight.clone() for matrix in matrices]
+        options = {"lr": lr, "epochs": epochs, "batch_size": batch_size, **options}
+        trace = fine_tune(model, TOKENIZER, matrices, rules, rows or edit_rows(), **options)
+        return trace, [matrix.weight - old for matrix, old in zip(matrices, before, strict=True)]
+
+
+def unconstrained(model, layers=(0, 1)) -> list[Unconstrained]:
+    return [Unconstrained(matrix.shape, torch.device("cpu")) for matrix in edit_matrices(model, layers)]
+
+
+# ---------------------------------------------------------------- the applied update lies in the subspace
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_after_fifty_steps_the_update_is_in_the_low_curvature_subspace(family):
+    """The invariant of the design, ‖P(Δ) − Δ‖ ≤ 1e-5 ‖Δ‖, of the trained update and of the weights' own difference.
+
+    The second is the harder one: W₀ + Δ is rounded to float32, 3e-8 of ‖W₀‖, whatever the size of Δ.
+    """
+    model = BUILDERS[family]()
+    factors = factors_of(model)
+    rules = coordinates_of(factors)
+    trace, deltas = run(model, rules, stop_loss=0.0)
+    assert trace.steps == 50
+    for rule, of_matrix, applied in zip(rules, factors.values(), deltas, strict=True):
+        for delta in (rule.delta(), applied):
+            assert delta.norm() > 0.1
+            assert rule.subspace.share_outside(delta) <= 1e-5
+            assert relative(project_by_equation_6(of_matrix.A, of_matrix.G, ENERGY, delta), delta) <= 1e-5
+
+
+def test_adam_on_a_projected_gradient_leaves_the_subspace():
+    """Why coordinates are trained: Adam rescales element by element, which does not commute with P."""
+    model = tiny_llama()
+    subspace = Subspace.of(Spectrum.of(*(getattr(factors_of(model, [0]).popitem()[1], key) for key in "AG")), ENERGY)
+    (matrix,) = edit_matrices(model, [0])
+    before = matrix.weight.clone()
+    optimizer = torch.optim.Adam([matrix.parameter], lr=3e-3)
+    for _ in range(50):
+        (gradient,) = torch.autograd.grad(edit_loss(model, edit_rows(), TOKENIZER), [matrix.parameter])
+        matrix.parameter.grad = subspace.project(gradient)
+        assert subspace.share_outside(matrix.parameter.grad) <= 1e-5
+        optimizer.step()
+    assert subspace.share_outside(matrix.weight - before) > 0.1
+
+
+def test_the_gradient_in_coordinates_is_that_of_autograd():
+    rule = coordinates_of(factors_of(tiny_llama(), [0]))[0]
+    weight_gradient = torch.randn(rule.subspace.mask.shape)
+    Z = torch.zeros_like(rule.parameter, requires_grad=True)
+    (expected,) = torch.autograd.grad((weight_gradient * rule.subspace.from_coordinates(Z)).sum(), Z)
+    assert relative(rule.gradient(weight_gradient), expected) < 1e-6
+    assert bool((rule.gradient(weight_gradient)[rule.subspace.mask == 0] == 0).all())
+
+
+def test_without_constraint_the_loop_is_plain_adam():
+    """The parameter is ΔW, not W, so the two differ by the rounding of W₀ + ΔW, which Adam's first steps enlarge."""
+    model, plain = tiny_llama(), tiny_llama()
+    _, deltas = run(model, unconstrained(model), epochs=10, batch_size=6, stop_loss=0.0)
+    matrices = edit_matrices(plain, (0, 1))
+    before = [matrix.weight.clone() for matrix in matrices]
+    optimizer = torch.optim.Adam([matrix.parameter for matrix in matrices], lr=3e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        edit_loss(plain, edit_rows(), TOKENIZER).backward()
+        optimizer.step()
+    for matrix, old, delta in zip(matrices, before, deltas, strict=True):
+        assert relative(delta, matrix.weight - old) < 1e-3
+
+
+def test_a_second_run_goes_on_from_the_rules_where_they_are():
+    model = tiny_llama()
+    rules = coordinates_of(factors_of(model))
+    _, first = run(model, rules, epochs=3, stop_loss=0.0)
+    _, second = run(model, rules, epochs=3, stop_loss=0.0, rows=edit_rows(seed=6))
+    for rule, one, two in zip(rules, first, second, strict=True):
+        assert relative(one + two, rule.delta()) < 1e-5
+        assert two.norm() > 0.01
+
+
+# ---------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_the_loss_is_the_mean_over_target_tokens(family):
+    model, rows = BUILDERS[family](), edit_rows()
+    losses = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0]
+        losses += [-logits[t - 1].log_softmax(-1)[row.ids[t]] for t in range(row.prompt_length, len(row.ids))]
+    assert len(losses) == 18
+    expected = torch.stack(losses).mean().item()
+    # 1e-5: another order of sums in float32, and attention over padding
+    assert edit_loss(model, rows, TOKENIZER).item() == pytest.approx(expected, rel=1e-5)
+    assert edit_loss(model, rows[::-1], TOKENIZER).item() == pytest.approx(expected, rel=1e-5)
+    other_padding = SimpleNamespace(pad_token_id=40, eos_token_id=2)
+    assert edit_loss(model, rows, other_padding).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_logits_before_target_tokens_get_a_gradient():
+    rows, seen = edit_rows(3), []
+
+    class Model(nn.Module):
+        """Gives logits that are a leaf."""
+
+        def get_input_embeddings(self):
+            return nn.Embedding(1, 1)
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            seen.append(torch.randn(*input_ids.shape, 64, requires_grad=True))
+            return SimpleNamespace(logits=seen[0])
+
+    edit_loss(Model(), rows, TOKENIZER).backward()
+    touched = seen[0].grad.abs().sum(-1) > 0
+    for row, positions in zip(rows, touched, strict=True):
+        assert positions.nonzero().flatten().tolist() == list(range(row.prompt_length - 1, len(row.ids) - 1))
+
+
+# ---------------------------------------------------------------- stopping and skipping
+
+
+@pytest.mark.parametrize("energy", [None, 0.0, ENERGY])
+def test_the_loss_falls_below_the_bound_and_the_loop_stops(energy):
+    """Without constraint, in coordinates with nothing masked, and in the low-curvature subspace."""
+    model = tiny_llama()
+    rules = unconstrained(model) if energy is None else coordinates_of(factors_of(model), energy)
+    trace, _ = run(model, rules, lr=1e-2, epochs=200)
+    assert trace.stopped_early
+    assert len(trace.epoch_losses) < 200
+    assert trace.epoch_losses[0] > 3
+    assert trace.epoch_losses[-1] < 0.01 <= min(trace.epoch_losses[:-1])
+    assert edit_loss(model, edit_rows(), TOKENIZER).item() < 0.01
+
+
+def test_batches_below_the_bound_are_skipped():
+    model, rows = tiny_llama(), edit_rows(2)
+    run(model, unconstrained(model), rows=rows[:1], lr=1e-2, epochs=100)
+    known, new = (edit_loss(model, [row], TOKENIZER).item() for row in rows)
+    assert known < 0.01 < new
+    trace, _ = run(model, unconstrained(model), rows=rows, lr=1e-6, epochs=1, batch_size=1)
+    assert trace.steps == 1
+    assert trace.epoch_losses == [pytest.approx((known + new) / 2, rel=1e-2)]
+    assert not trace.stopped_early
+
+
+def test_rows_that_the_model_knows_already_change_nothing():
+    model = tiny_llama()
+    trace, deltas = run(model, unconstrained(model), stop_loss=100.0)
+    assert (trace.steps, len(trace.epoch_losses), trace.stopped_early) == (0, 1, True)
+    assert all(delta.norm() == 0 for delta in deltas)
+
+
+def test_a_tiny_learning_rate_changes_almost_nothing():
+    """Adam moves a number by at most about its rate per step."""
+    model = tiny_llama()
+    trace, deltas = run(model, unconstrained(model), lr=1e-9, epochs=2, batch_size=6)
+    assert trace.steps == 2
+    assert trace.epoch_losses[1] == pytest.approx(trace.epoch_losses[0], rel=1e-5)
+    assert all(delta.abs().max() < 1e-7 for delta in deltas)
+
+
+# losses so far, and what the rate of the last epoch is multiplied by; Pace(100, epochs=10) aims at epoch 8
+PACES = {
+    "no epoch yet": ([], 1),
+    "one epoch": ([3.0], 1),
+    "fast enough": ([3.0, 0.1], 1),
+    "too slow for the epochs left": ([3.0, 1.5], math.log(1.5 / 0.01) / 6 / math.log(2)),
+    "much too slow": ([3.0, 2.9], 1.5),
+    "at rest": ([3.0, 3.0], 1.5),
+    "hardly risen": ([3.0, 3.1], 1.5),
+    "risen": ([3.0, 3.2], 0.5),
+    "arrived": ([0.02, 0.005], 1),
+    "arrived at nothing": ([0.02, 0.0], 1),
+    "still at nothing": ([0.0, 0.0], 1),
+    "out of time": ([0.5] * 11 + [0.4], 1.5),
+}
+
+
+@pytest.mark.parametrize("case", PACES)
+def test_the_pace_is_raised_when_too_slow_and_halved_when_the_loss_rises(case):
+    losses, factor = PACES[case]
+    assert Pace(100, epochs=10, stop_loss=0.01).rate(losses) == pytest.approx(START / 100 * factor)
+
+
+def test_the_pace_arrives_in_time_and_its_rates_are_in_the_trace():
+    model = tiny_llama()
+    trace, _ = run(model, coordinates_of(factors_of(model)), lr=Pace(48, epochs=25, stop_loss=0.01))
+    assert trace.stopped_early
+    assert trace.rates[:2] == [START / 48] * 2
+    assert len(trace.rates) == len(trace.epoch_losses) < 25
+
+
+def test_progress_is_told_after_every_step():
+    told, model = [], tiny_llama()
+    run(model, unconstrained(model), epochs=2, batch_size=4, progress=lambda *step: told.append(step))
+    assert told == [("edit", done, 4) for done in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused_before_any_step(bad):
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = bad
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NumericsError, match=r"the edit loss is nan in epoch 1, step 1; lower --lr \(0.003\)"):
+        run(model, unconstrained(model))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------- what else changes
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_does_not():
+    results = []
+    for seed in (1, 1, 2):
+        model = tiny_llama()
+        results.append(run(model, coordinates_of(factors_of(model)), epochs=4, batch_size=2, seed=seed))
+    (trace, one), (same_trace, same), (_, other) = results
+    assert trace == same_trace
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_nothing_but_the_matrices_changes(family, dtype):
+    model = BUILDERS[family](dtype)
+    before = copy.deepcopy(model.state_dict())
+    run(model, unconstrained(model, [1]), layers=[1], epochs=3)
+    (matrix,) = edit_matrices(model, [1])
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {matrix.name}
+    assert {name: value.dtype for name, value in model.state_dict().items()} == {n: v.dtype for n, v in before.items()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------- float32 masters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_masters_are_float32_within_and_as_they_were_afterwards(family, dtype):
+    model, rows = BUILDERS[family](dtype), torch.tensor(random_rows([7, 7]))
+    matrices = edit_matrices(model, [0, 1])
+    model.requires_grad_(False)
+    matrices[1].parameter.requires_grad_(True)
+    before, logits = copy.deepcopy(model.state_dict()), model(input_ids=rows).logits
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with float32_masters(matrices):
+        for matrix in matrices:
+            assert matrix.parameter.dtype == matrix.weight.dtype == torch.float32
+            assert matrix.parameter.requires_grad
+        within = model(input_ids=rows).logits
+        assert within.dtype == dtype
+        # the same numbers, summed in float32 instead of in pieces of the low precision
+        assert relative(within.detach(), logits.detach()) <= 4 * torch.finfo(dtype).eps
+        gradients = torch.autograd.grad(within.float().square().mean(), [matrix.parameter for matrix in matrices])
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert [m.parameter.requires_grad for m in matrices] == [False, True]
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(model(input_ids=rows).logits, logits)
+
+
+def test_masters_add_up_changes_that_the_low_precision_would_lose():
+    model = tiny_llama(torch.bfloat16)
+    (matrix,) = edit_matrices(model, [0])
+    before = matrix.weight.clone()
+    with float32_masters([matrix]):
+        for _ in range(100):
+            matrix.weight.mul_(1 + 1e-4)  # a fortieth of a bfloat16 step
+    assert matrix.parameter.dtype == torch.bfloat16
+    assert relative(matrix.weight, before) == pytest.approx(0.01, rel=0.1)
+
+
+def test_masters_are_put_away_when_the_block_raises():
+    model = tiny_gpt2(torch.bfloat16)
+    matrices = edit_matrices(model, [0, 1])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt), float32_masters(matrices):
+        raise KeyboardInterrupt
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_bfloat16_model_is_edited_through_its_masters(family):
+    model = BUILDERS[family](torch.bfloat16)
+    factors = factors_of(model)
+    rules = coordinates_of(factors)
+    trace, deltas = run(model, rules, lr=1e-2, epochs=60, stop_loss=0.05)
+    assert trace.stopped_early
+    assert all(rule.subspace.share_outside(delta) <= 1e-5 for rule, delta in zip(rules, deltas, strict=True))
+    # after rounding to bfloat16: the loss is still low, though no longer that of the masters
+    assert edit_loss(model, edit_rows(), TOKENIZER).item() < 0.5

@@ -1,0 +1,45 @@
+"""Scores of answers: what is asked, in which context, and how it is counted."""
+
+from crispedit.edits import Edit, Locality
+from crispedit.wild import QA_CONTEXT, in_context, questions, score
+
+EDITS = [
+    Edit(
+        prompt="Who?",
+        target="Ann",
+        rephrases=("Which one?", "What person?"),
+        locality=(Locality(prompt="Where?", answer="Here"), Locality(prompt="When?", answer=None)),
+    ),
+    Edit(prompt="Why?", target="So"),
+]
+
+
+def test_every_prompt_is_asked_once_with_what_would_be_right():
+    asked = [(q.edit, q.kind, q.prompt, q.expected) for q in questions(EDITS)]
+    assert asked == [
+        (0, "reliability", "Who?", "Ann"),
+        (0, "generalization", "Which one?", "Ann"),
+        (0, "generalization", "What person?", "Ann"),
+        (0, "locality", "Where?", "Here"),
+        (0, "locality", "When?", None),
+        (1, "reliability", "Why?", "So"),
+    ]
+
+
+def test_the_context_is_exactly_the_papers():
+    assert QA_CONTEXT == "Please answer the question: \n\nQ: {q}\nA:"
+    assert in_context("Who?", "no_context") == "Who?"
+    assert in_context("Who?", "qa_context") == "Please answer the question: \n\nQ: Who?\nA:"
+    turns = (("system", "Be brief."), ("user", "Who?"))
+    assert in_context(turns, "qa_context") == (turns[0], ("user", "Please answer the question: \n\nQ: Who?\nA:"))
+
+
+def test_scores_are_means_over_edits():
+    given = ["ann", "Ann", "Bob", "here", "now", "no"]
+    assert score(questions(EDITS), given) == {"reliability": 50.0, "generalization": 50.0, "locality": 100.0}
+    base = ["", "", "", "", "then", ""]
+    assert score(questions(EDITS), given, base=base)["locality"] == 50.0
+
+
+def test_what_is_not_asked_has_no_score():
+    assert score(questions(EDITS[1:]), ["So"]) == {"reliability": 100.0, "generalization": None, "locality": None}

@@ -1,0 +1,140 @@
+"""Wrong input of every kind ends with one clear line, status 2, and nothing written."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from crispedit import cli
+from crispedit.models import model_directory
+
+GOOD = [{"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul"}]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A directory with good and bad files in it; the current directory."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "good.json": json.dumps(GOOD),
+        "empty.json": "",
+        "empty_list.json": "[]",
+        "broken.json": '[\n{"prompt": "a",\n "target" "b"}]',
+        "broken.jsonl": '{"prompt": "a", "target": "b"}\n{"prompt": ',
+        "schema.json": '[{"question": "a", "reply": "b"}]',
+        "misspelt.json": '[{"prompt": "a", "target": "b"}, {"prompt": "c", "taget": "d"}]',
+        "no_target.json": '[{"prompt": "a", "target": "  "}]',
+        "conflict.json": '[{"prompt": "a", "target": "b"}, {"prompt": "a", "target": "c"}]',
+        "long.json": json.dumps([{"prompt": "word " * 2000, "target": "b"}]),
+        "edits.xml": "<a/>",
+        "texts.txt": "One text about a mill.\n\nAnother text about a river.",
+        "blank.txt": "\n\n \n",
+        "one.txt": "Only one text.",
+        "texts.jsonl": '{"txt": "a"}',
+        "record.json": '{"a": 1}',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "latin.json").write_bytes('[{"prompt": "é", "target": "b"}]'.encode("latin-1"))
+    (tmp_path / "notamodel").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("mine")
+    shutil.copytree(model_directory("bundled"), tmp_path / "quantised")
+    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+EDIT = "edit bundled good.json --out out "
+CASES = {
+    "missing edits": ("edit bundled nowhere.json --out out", "nowhere.json"),
+    "empty edits": ("edit bundled empty.json --out out", "no edits"),
+    "empty list of edits": ("edit bundled empty_list.json --out out", "no edits"),
+    "broken JSON, with its line": ("edit bundled broken.json --out out", "line 3"),
+    "broken JSON lines, with the line": ("edit bundled broken.jsonl --out out", "line 2"),
+    "wrong schema": ("edit bundled schema.json --out out", "'prompt'"),
+    "misspelt field": ("edit bundled misspelt.json --out out", "row 2 has no 'target' (did you mean"),
+    "empty target": ("edit bundled no_target.json --out out", "row 1 has an empty 'target'"),
+    "conflicting targets": ("edit bundled conflict.json --out out", "rows 1 and 2"),
+    "row beyond the context": ("edit bundled long.json --out out", "row 1 has"),
+    "not UTF-8": ("edit bundled latin.json --out out", "UTF-8"),
+    "unknown kind of file": ("edit bundled edits.xml --out out", ".json"),
+    "unknown bundled split": ("edit bundled bundled:tset --out out", "bundled edits 'tset'"),
+    "unknown model": ("edit nobody/nothing good.json --out out", "cannot load the model 'nobody/nothing'"),
+    "not a model directory": ("edit notamodel good.json --out out", "no config.json"),
+    "quantised model": ("edit quantised good.json --out out", "quantised"),
+    "layer outside the model": (EDIT + "--layers 7-8", "layer 8 is outside the model: it has layers 0 to 7"),
+    "malformed layers": (EDIT + "--layers five", "layers is 'five'"),
+    "backward layers": (EDIT + "--layers 5-3", "runs backwards"),
+    "energy of 1": (EDIT + "--energy 1", "energy is 1"),
+    "negative energy": (EDIT + "--energy -0.1", "energy is -0.1"),
+    "lr that is no number": (EDIT + "--lr fast", "lr is 'fast'"),
+    "lr of 0": (EDIT + "--lr 0", "lr is 0"),
+    "no epochs": (EDIT + "--epochs 0", "epochs is 0"),
+    "empty batches": (EDIT + "--batch-size 0", "batch_size is 0"),
+    "limit of 0": (EDIT + "--limit 0", "limit is 0"),
+    "unknown editor": (EDIT + "--editor crispedt", "did you mean 'crispedit'?"),
+    "unknown way to save": (EDIT + "--save all", "save is 'all'"),
+    "unknown way with conflicts": (EDIT + "--conflicts second", "conflicts is 'second'"),
+    "chat without a template": (EDIT + "--chat on", "no chat template"),
+    "unknown chat": (EDIT + "--chat maybe", "chat is 'maybe'"),
+    "unknown dtype": (EDIT + "--dtype float8", "dtype is 'float8'"),
+    "unknown device": (EDIT + "--device gpu", "device 'gpu'"),
+    "missing texts": (EDIT + "--texts nowhere.txt", "no file of texts 'nowhere.txt'"),
+    "blank texts": (EDIT + "--texts blank.txt", "no text"),
+    "a single text": (EDIT + "--texts one.txt", "at least 2"),
+    "texts without 'text'": (EDIT + "--texts texts.jsonl", "row 1 has no string 'text'"),
+    "no curvature directory": (EDIT + "--curvature full", "not a curvature directory"),
+    "output not empty": ("edit bundled good.json --out full", "not empty"),
+    "output is a file": ("edit bundled good.json --out good.json", "is a file"),
+    "no output": ("edit bundled good.json", "--out is missing"),
+    "no edits named": ("edit bundled --out out", "EDITS is missing"),
+    "not a record": ("edit --rerun record.json --out out", "not a record"),
+    "unknown option": (EDIT + "--enrgy 0.5", "--enrgy"),
+    "unknown command": ("edti bundled good.json", "edti"),
+    "curvature without texts": ("curvature quantised --out out", "--texts"),
+    "unknown Fisher": ("curvature bundled --out out --fisher exact", "fisher is 'exact'"),
+    "too few samples": ("curvature bundled --out out --samples 1", "samples is 1"),
+    "unknown protocol": ("evaluate bundled good.json --protocol tame", "protocol is 'tame'"),
+    "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
+    "JSON into a directory": ("evaluate bundled good.json --json full", "is a directory"),
+    "empty question": ("ask bundled ''", "prompt is empty"),
+    "demo into a foreign directory": ("demo --out full", "not empty"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line_status_2_nothing_written(case, work, capsys):
+    command, said = CASES[case]
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if "cache" not in path.parts}
+    arguments = [part.strip("'") for part in command.split()]
+    assert cli._run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert captured.err.startswith("crispedit: ")
+    assert said in captured.err
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if "cache" not in path.parts} == before
+
+
+def test_no_disk_space_is_noticed_before_editing(work, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 100, 1000))
+    assert cli._run(["edit", "bundled", "good.json", "--out", "out"]) == 2
+    assert "no space for 'out'" in capsys.readouterr().err
+    assert not (work / "out").exists()
+
+
+def test_a_curvature_of_another_model_is_refused_with_both_named(work, capsys):
+    from crispedit.bundled import train
+    from crispedit.curvature import Curvature
+    from crispedit.models import load_model
+
+    tokenizer = load_model("bundled").tokenizer
+    other = train.build_model(len(tokenizer), seed=1).eval()
+    Curvature.estimate(other, tokenizer, ["a mill by a river", "two coins"], layers=[1], model_name="other").save("curv")
+    assert cli._run(["edit", "bundled", "good.json", "--out", "out", "--layers", "1", "--curvature", "curv"]) == 2
+    assert "computed for 'other' with other weights" in capsys.readouterr().err
+    assert not (work / "out").exists()
