@@ -15,6 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) -e '.[test,dev]'
+	# the oracle of the curvature tests; --no-deps, or it brings a torchvision that breaks a CPU build of torch
+	$(PIP) --no-deps curvlinops-for-pytorch backpack-for-pytorch einconv linear_operator unfoldNd
 	touch $@
 
 demo: install ## plain fine-tuning and CrispEdit on the bundled model

@@ -48,7 +48,9 @@ def run(case: dict[str, Any], edits: EditSet, curvatures: dict[Any, Curvature]) 
         texts = split_texts([*texts.fit, *texts.held_out, *probe_like_texts(400)], seed=0)
     key = (layers, case["fisher"], case["texts"])
     if case["energy"] and key not in curvatures:
-        curvatures[key] = Curvature.estimate(loaded.model, loaded.tokenizer, texts, layers=layers, fisher=case["fisher"])
+        curvatures[key] = Curvature.estimate(
+            loaded.model, loaded.tokenizer, texts, layers=layers, fisher=case["fisher"]
+        )
     started = time.monotonic()
     settings = {name: case[name] for name in ("energy", "lr", "epochs") if case[name] is not None}
     settings |= case.get("settings", {})
@@ -92,9 +94,13 @@ def table(path: Path) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for rows in groups.values():
         r = rows[0]
-        other = " ".join(str(r.get(n)) for n in ("fisher", "texts", "settings") if r.get(n) not in ("mc", "bundled", {}, None))
-        means = {n: sum(row[n] for row in rows) / len(rows) for n in
-                 ("reliability", "generalization", "locality", "drift", "abilities", "epochs_run")}
+        other = " ".join(
+            str(r.get(n)) for n in ("fisher", "texts", "settings") if r.get(n) not in ("mc", "bundled", {}, None)
+        )
+        means = {
+            n: sum(row[n] for row in rows) / len(rows)
+            for n in ("reliability", "generalization", "locality", "drift", "abilities", "epochs_run")
+        }
         print(
             f"| {r['layers'] or 'default'} | {r['energy']} | {r['lr']} | {r['epochs'] or 'default'} | {other} "
             f"| {means['reliability']:.1f} | {means['generalization']:.1f} | {means['locality']:.1f} "
@@ -126,8 +132,14 @@ def main() -> None:
     curvatures: dict[Any, Curvature] = {}
     names = ("layers", "energy", "lr", "epochs", "fisher", "texts", "settings", "seed")
     grid = itertools.product(
-        arguments.layers, arguments.energies, [r if r == "auto" else float(r) for r in arguments.lrs], arguments.epochs,
-        arguments.fisher, arguments.texts, [json.loads(s) for s in arguments.set], arguments.seeds,
+        arguments.layers,
+        arguments.energies,
+        [r if r == "auto" else float(r) for r in arguments.lrs],
+        arguments.epochs,
+        arguments.fisher,
+        arguments.texts,
+        [json.loads(s) for s in arguments.set],
+        arguments.seeds,
     )
     for values in grid:
         case = dict(zip(names, values, strict=True))
@@ -141,7 +153,9 @@ def main() -> None:
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         shown = ("reliability", "generalization", "locality", "drift", "abilities", "lr_max", "epochs_run", "seconds")
-        print({k: v for k, v in case.items() if v not in (None, {}, "")}, {k: round(row[k], 4) for k in shown}, flush=True)
+        print(
+            {k: v for k, v in case.items() if v not in (None, {}, "")}, {k: round(row[k], 4) for k in shown}, flush=True
+        )
 
 
 if __name__ == "__main__":

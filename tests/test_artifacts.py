@@ -15,9 +15,13 @@ def test_a_directory_appears_only_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_directory_that_failed(tmp_path, error):
-    with pytest.raises(error), write_directory(tmp_path / "new") as building:
-        (building / "file").write_text("x")
-        raise error
+    def fail():
+        with write_directory(tmp_path / "new") as building:
+            (building / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

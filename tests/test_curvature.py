@@ -153,24 +153,24 @@ def test_for_one_token_the_kronecker_product_is_the_outer_product_of_the_gradien
     assert relative(torch.kron(factors.G, factors.A), torch.outer(gradient, gradient)) < TOLERANCE
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_drift_is_half_the_quadratic_form_of_the_gauss_newton_hessian(layer, seed):
-    """½ vec(Δ)ᵀ GNH vec(Δ) for Δ that moves the model by 1e-4 to 1e-3 nats.
+def test_drift_is_half_the_quadratic_form_of_the_gauss_newton_hessian(layer):
+    """½ vec(Δ)ᵀ GNH vec(Δ) for Δ that move the model by 1e-4 to 1e-3 nats.
 
     The third order is some √drift, 1 to 3 %; measure_drift works on float32 logits, good to 1e-7 nats, 0.1 %.
     """
     base, rows = tiny_llama(hidden=16, intermediate=24), random_rows([3, 6, 5, 6])
-    edited = copy.deepcopy(base)
-    (matrix,) = edit_matrices(edited, [layer])
-    delta = 0.003 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(seed))
-    matrix.weight.add_(delta)
     double = copy.deepcopy(base).double()
     block = gauss_newton(double, *edit_matrices(double, [layer]), rows)
-    predicted = float(delta.double().flatten() @ block @ delta.double().flatten()) / 2
-    measured = measure_drift(logits_of(base), logits_of(edited), batch_of(rows)).drift
-    assert 5e-5 < predicted < 1e-3
-    assert measured == pytest.approx(predicted, rel=0.04)
+    for seed in range(4):
+        edited = copy.deepcopy(base)
+        (matrix,) = edit_matrices(edited, [layer])
+        delta = 0.003 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(seed))
+        matrix.weight.add_(delta)
+        predicted = float(delta.double().flatten() @ block @ delta.double().flatten()) / 2
+        measured = measure_drift(logits_of(base), logits_of(edited), batch_of(rows)).drift
+        assert 5e-5 < predicted < 1e-3
+        assert measured == pytest.approx(predicted, rel=0.04)
 
 
 # ---------------------------------------------------------------- rows and batches

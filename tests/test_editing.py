@@ -21,7 +21,9 @@ TEXTS = [f"Text number {i} speaks of a mill, {i + 3} coins and a grey coat by th
 
 @pytest.fixture
 def result(bundled):
-    return edit(bundled.model, bundled.tokenizer, ROWS, texts=TEXTS, stored_dtype=bundled.stored_dtype, model_name="bundled")
+    return edit(
+        bundled.model, bundled.tokenizer, ROWS, texts=TEXTS, stored_dtype=bundled.stored_dtype, model_name="bundled"
+    )
 
 
 def test_the_proof(result):
@@ -64,6 +66,7 @@ def test_a_saved_delta_is_put_onto_its_base(result, tmp_path):
     for matrix in edit_matrices(again.model, result.settings["layers"]):
         original = load_model("bundled").model.state_dict()[matrix.name]
         assert torch.equal(matrix.weight, original + result.delta[matrix.name])
+        assert torch.equal(matrix.weight, result.model.state_dict()[matrix.name])
 
 
 def test_a_model_that_answers_otherwise_after_saving_is_removed(result, tmp_path):

@@ -77,7 +77,7 @@ def test_a_module_says_what_it_is_and_where_it_comes_from(editor):
 
 
 def test_an_unknown_editor_is_named_with_the_nearest():
-    with pytest.raises(ConfigError, match="there is no editor 'crispedt'.*did you mean 'crispedit'"):
+    with pytest.raises(ConfigError, match=r"there is no editor 'crispedt'.*did you mean 'crispedit'"):
         find_editor("crispedt")
 
 
@@ -90,10 +90,10 @@ def test_with_energy_zero_it_is_plain_fine_tuning(bundled):
     """The same steps as torch's Adam on the same losses, written plainly."""
     import random
 
+    from crispedit.edits import edits_from_rows
     from crispedit.models import edit_matrices, load_model
     from crispedit.rows import Prompter
     from crispedit.training import edit_loss
-    from crispedit.edits import edits_from_rows
 
     settings = {"lr": 1e-3, "epochs": 3, "batch_size": 2}
     result = edit(bundled.model, bundled.tokenizer, ROWS, energy=0, layers=LAYERS, **settings)

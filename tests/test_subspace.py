@@ -237,9 +237,9 @@ def test_the_cut_at_full_size_takes_a_moment_and_no_table(energy):
     d_out, d_in = 4096, 14336
     alpha, beta = power_law(d_in), power_law(d_out)
     with LargestTensor() as largest:
-        started = time.perf_counter()
+        started = time.process_time()
         found = energy_threshold(alpha, beta, energy)
-    assert time.perf_counter() - started < 2  # tens of milliseconds on an idle machine
+    assert time.process_time() - started < 1  # it is some 30 milliseconds
     assert largest.size <= 2 * d_in
     assert found.captured == pytest.approx(energy, abs=1e-4)
     if energy == 0.8:

@@ -4,9 +4,16 @@ import json
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from crispedit.errors import TextsError
 from crispedit.texts import TokenBatch, load_texts, next_tokens, split_texts
+
+
+class Model:
+    """As much of a model as batching looks at: a context of ten tokens."""
+
+    config = PretrainedConfig(max_position_embeddings=10, vocab_size=100)
 
 
 class Words:
@@ -47,12 +54,12 @@ def test_a_seeded_fifth_is_held_out():
 def test_batches_are_bucketed_cut_and_padded_with_eos():
     from crispedit.texts import text_batches
 
-    batches = text_batches(Words(), ["aa bb cc", "a", "ddd eee", "f " * 50], max_tokens=10, batch_tokens=6)
+    batches = text_batches(Model(), Words(), ["aa bb cc", "a", "ddd eee", "f " * 50], batch_tokens=6)
     assert [batch.ids.shape for batch in batches] == [(2, 3), (1, 10)]
     assert batches[0].ids.tolist() == [[3, 3, 0], [2, 2, 2]]
     assert batches[0].mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     with pytest.raises(TextsError, match="no capability text has two tokens"):
-        text_batches(Words(), ["a", "b"])
+        text_batches(Model(), Words(), ["a", "b"])
 
 
 def test_next_tokens_leave_out_padding_and_the_last_token():

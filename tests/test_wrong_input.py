@@ -134,7 +134,9 @@ def test_a_curvature_of_another_model_is_refused_with_both_named(work, capsys):
 
     tokenizer = load_model("bundled").tokenizer
     other = train.build_model(len(tokenizer), seed=1).eval()
-    Curvature.estimate(other, tokenizer, ["a mill by a river", "two coins"], layers=[1], model_name="other").save("curv")
+    Curvature.estimate(other, tokenizer, ["a mill by a river", "two coins"], layers=[1], model_name="other").save(
+        "curv"
+    )
     assert cli._run(["edit", "bundled", "good.json", "--out", "out", "--layers", "1", "--curvature", "curv"]) == 2
     assert "computed for 'other' with other weights" in capsys.readouterr().err
     assert not (work / "out").exists()

@@ -110,7 +110,7 @@ def bundled_tasks(
 def _next_token_accuracy(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     """Percentage of next tokens that are the model's first choice."""
     logits, hits, total = logits_of(model), 0, 0
-    for batch in text_batches(tokenizer, texts):
+    for batch in text_batches(model, tokenizer, texts):
         labels = next_tokens(batch)
         counted = labels != -100
         hits += int((logits(batch).argmax(-1).cpu()[counted] == labels[counted]).sum())

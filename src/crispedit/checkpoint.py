@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .artifacts import check_space, read_json, write_directory, write_json
+from .artifacts import check_space, read_json, write_json
 from .errors import ArtifactError, ModelError
 from .models import EditMatrix, LoadedModel, edit_matrices, fingerprint, load_model, model_directory
 
@@ -65,21 +65,17 @@ def round_to(
     return stored, Rounding(dtype=str(dtype).removeprefix("torch."), survived=survived, relative_error=relative_error)
 
 
-def save_model(
-    model: Any, tokenizer: Any, directory: Path, record: dict[str, Any], *, dtype: torch.dtype, overwrite: bool = False
-) -> None:
-    """Writes a Hugging Face model directory with ``crispedit.json``, whole or not at all.
+def write_model(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
+    """Writes a Hugging Face model into an existing directory.
 
     Args:
         model: The edited model; weights of the dtype it computes in are stored in ``dtype``.
         tokenizer: Saved beside it, with its chat template.
-        directory: New or empty, unless ``overwrite``.
-        record: What ``crispedit.json`` holds.
+        directory: Where its files go.
         dtype: The checkpoint's dtype.
-        overwrite: Whether a directory that is not empty is replaced.
 
     Raises:
-        ArtifactError: The place cannot be written to, or has too little room.
+        ArtifactError: There is too little room.
     """
     check_space(directory, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # by address: tied tensors stay tied, and are stored once
@@ -87,16 +83,14 @@ def save_model(
         name: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype) if t.dtype == model.dtype else t)
         for name, t in model.state_dict().items()
     }
-    with write_directory(directory, overwrite=overwrite) as building:
-        try:
-            model.save_pretrained(building, state_dict=state)
-            tokenizer.save_pretrained(building)
-        except SafetensorError as error:  # safetensors reports a full disk as its own error
-            raise ArtifactError(f"cannot write '{directory}': {error}") from error
-        config = read_json(building / "config.json")
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(building / "config.json", config)
-        write_json(building / RECORD, record)
+    try:
+        model.save_pretrained(directory, state_dict=state)
+        tokenizer.save_pretrained(directory)
+    except SafetensorError as error:  # safetensors reports a full disk as its own error
+        raise ArtifactError(f"cannot write the model: {error}") from error
+    config = read_json(directory / "config.json")
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", config)
 
 
 def check_room(model_name: str, directory: Path) -> None:
@@ -110,19 +104,21 @@ def check_room(model_name: str, directory: Path) -> None:
     check_space(directory, sum(file.stat().st_size for file in source.glob("*.safetensors")) if source.is_dir() else 0)
 
 
-def save_delta(deltas: Mapping[str, Tensor], directory: Path, record: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Writes only what changed: ``delta.safetensors`` (float32, (d_out, d_in) each) and ``crispedit.json``.
+def write_delta(deltas: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes only what changed into an existing directory: ``delta.safetensors``, float32, (d_out, d_in) each.
 
     Args:
         deltas: ΔW by parameter name.
-        directory: New or empty, unless ``overwrite``.
-        record: What ``crispedit.json`` holds; names the base model and its fingerprint.
-        overwrite: Whether a directory that is not empty is replaced.
+        directory: Where the file goes.
+
+    Raises:
+        ArtifactError: There is too little room.
     """
     check_space(directory, sum(t.numel() * 4 for t in deltas.values()))
-    with write_directory(directory, overwrite=overwrite) as building:
-        save_file({name: delta.cpu().contiguous() for name, delta in deltas.items()}, building / DELTA)
-        write_json(building / RECORD, record)
+    try:
+        save_file({name: delta.cpu().contiguous() for name, delta in deltas.items()}, directory / DELTA)
+    except SafetensorError as error:
+        raise ArtifactError(f"cannot write the change: {error}") from error
 
 
 def read_record(directory: str | Path) -> dict[str, Any] | None:
@@ -151,15 +147,18 @@ def load_edited(name: str, **options: Any) -> LoadedModel:
     record = read_record(directory)
     if record is None:
         raise ArtifactError(f"'{name}' has a {DELTA} and no {RECORD}; it is damaged")
+    if not record["model"]["name"]:
+        raise ArtifactError(f"'{name}' does not name the model it changes; edit with model_name=… to record it")
     loaded = load_model(record["model"]["name"], **options)
     if fingerprint(loaded.model) != record["model"]["fingerprint"]:
-        raise ModelError(f"'{name}' changes '{record['model']['name']}', whose weights are now others than those edited")
+        raise ModelError(
+            f"'{name}' changes '{record['model']['name']}', whose weights are now others than those edited"
+        )
     try:
         deltas = load_file(directory / DELTA)
     except SafetensorError as error:
         raise ArtifactError(f"'{name}' is damaged: {error}") from error
     for matrix in edit_matrices(loaded.model, record["settings"]["layers"]):
         delta = deltas[matrix.name].to(matrix.parameter.device)
-        matrix.weight.copy_((matrix.weight.float() + delta).to(matrix.parameter.dtype))
+        matrix.weight.copy_((matrix.weight.float() + delta).to(loaded.stored_dtype))  # as the model form has it
     return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, name=name, stored_dtype=loaded.stored_dtype)
-

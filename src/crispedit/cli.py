@@ -14,8 +14,6 @@ import typer
 from .errors import ConfigError, CrispEditError, TextsError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
-    from .curvature import Curvature, Progress
-    from .edits import EditSet
     from .models import LoadedModel
     from .texts import CapabilityTexts
 
@@ -63,7 +61,7 @@ def demo(
     print_evaluations("200 edits of the bundled model", result.columns)
     for line in result.verdict:
         stdout.print(line, soft_wrap=True)
-    stdout.print(f"the edited model is in {out}: crispedit ask {out} \"{result.example}\" --base bundled", soft_wrap=True)
+    stdout.print(f'the edited model is in {out}: crispedit ask {out} "{result.example}" --base bundled', soft_wrap=True)
     _write_json(json, result.columns)
 
 
@@ -129,7 +127,9 @@ def curvature(
 @app.command()
 def edit(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")] = None,
-    edits: Annotated[str | None, typer.Argument(help="A .json, .jsonl or .csv file, or bundled:demo|eval|train.")] = None,
+    edits: Annotated[
+        str | None, typer.Argument(help="A .json, .jsonl or .csv file, or bundled:demo|eval|train.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the edited model.")] = None,
     editor: Annotated[str, typer.Option(help="The method.")] = "crispedit",
     curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
@@ -188,7 +188,9 @@ def edit(
     if save == "model":
         check_room(job.model, out)
     with _bars() as progress:
-        result = job.run(device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
+        result = job.run(
+            device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress
+        )
         result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above
     from .console import out as stdout
     from .console import print_proof

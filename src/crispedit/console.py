@@ -5,7 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -99,7 +108,9 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
         rows.append(["capability loss, nats/token", *(number(e["capability"]["loss"]) for e in columns.values())])
     tasks = list(dict.fromkeys(task for e in columns.values() for task in e["capability"]["tasks"]))
     for task in tasks:
-        rows.append([f"{task.replace('_', ' ')}, %", *(percent(e["capability"]["tasks"].get(task)) for e in columns.values())])
+        rows.append(
+            [f"{task.replace('_', ' ')}, %", *(percent(e["capability"]["tasks"].get(task)) for e in columns.values())]
+        )
     print_table(title, ["", *columns], rows)
 
 
@@ -137,8 +148,8 @@ def print_proof(result: EditResult) -> None:
     )
     settings, rates = result.settings, metrics["training"]["learning_rates"]
     out.print(
-        f"{settings['editor']}: energy {settings.get('energy', '–')}, learning rate {rates[0]:.1e} to {max(rates):.1e}, "
-        f"{len(rates)} epochs, edit {seconds['edit']:.1f} s, "
+        f"{settings['editor']}: energy {settings.get('energy', '–')}, "
+        f"learning rate {rates[0]:.1e} to {max(rates):.1e}, {len(rates)} epochs, edit {seconds['edit']:.1f} s, "
         f"curvature {seconds['curvature']:.1f} s",
         soft_wrap=True,
     )

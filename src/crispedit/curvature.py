@@ -250,7 +250,7 @@ class Curvature:
             raise ConfigError(f"fisher is '{fisher}'; it must be mc or empirical{near}")
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
-        batches = text_batches(tokenizer, divided.fit)
+        batches = text_batches(model, tokenizer, divided.fit)
         factors = estimate_factors(model, matrices, batches, fisher=fisher, seed=seed, progress=progress)
         return cls(
             factors=factors,

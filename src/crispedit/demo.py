@@ -58,9 +58,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = no_progress) -> D
         columns[name] = evaluate(result.model, result.tokenizer, edits, base=base.model, **shared)
         results[name] = result
     results["crispedit"].save(out, overwrite=own, progress=progress)
-    return DemoResult(
-        columns=columns, verdict=verdict(columns), example=str(world.edit_rows("demo")[0]["prompt"])
-    )
+    return DemoResult(columns=columns, verdict=verdict(columns), example=str(world.edit_rows("demo")[0]["prompt"]))
 
 
 def verdict(columns: dict[str, dict[str, Any]]) -> list[str]:
@@ -79,7 +77,8 @@ def verdict(columns: dict[str, dict[str, Any]]) -> list[str]:
     goals = [
         (
             crisp["no_context"]["reliability"] >= 95,
-            f"reliability {crisp['no_context']['reliability']:.1f} % (goal: at least 95; fine-tuning {ft['no_context']['reliability']:.1f})",
+            f"reliability {crisp['no_context']['reliability']:.1f} % "
+            f"(goal: at least 95; fine-tuning {ft['no_context']['reliability']:.1f})",
         ),
         (
             crisp["no_context"]["generalization"] >= 0.8 * ft["no_context"]["generalization"],
@@ -91,7 +90,10 @@ def verdict(columns: dict[str, dict[str, Any]]) -> list[str]:
             f"mean loss over the five abilities {lost['crispedit']:.2f} points "
             f"(goal: at most {allowed:.2f}; fine-tuning {lost['ft']:.2f})",
         ),
-        (drift <= drift_ft / 3, f"drift {drift:.4f} nats/token (goal: at most a third of fine-tuning's {drift_ft:.4f})"),
+        (
+            drift <= drift_ft / 3,
+            f"drift {drift:.4f} nats/token (goal: at most a third of fine-tuning's {drift_ft:.4f})",
+        ),
     ]
     return [f"{'met   ' if met else 'MISSED'}  {text}" for met, text in goals]
 

@@ -6,7 +6,6 @@ disk answers as the model in memory does.
 """
 
 import platform
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ import transformers
 from torch import Tensor
 
 from . import __version__
+from .artifacts import write_directory, write_json
 from .capability import Drift, Logits, logits_of, measure_drift
-from .checkpoint import Form, Rounding, round_to, save_delta, save_model
+from .checkpoint import RECORD, Form, round_to, write_delta, write_model
 from .curvature import Curvature, Progress, no_progress
-from .edits import Edit, EditSet, edits_from_rows
 from .editors import find_editor
 from .editors.base import EditProblem, Round
+from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed, NumericsError
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
 from .rows import Chat, Prompter
@@ -71,7 +71,7 @@ class EditResult:
     Args:
         model: The model, edited in place.
         tokenizer: Its tokenizer.
-        delta: ΔW by parameter name, (d_out, d_in) float32, before rounding to the stored dtype.
+        delta: ΔW by parameter name, (d_out, d_in) float32, as the model has it: rounded to the stored dtype.
         metrics: Everything measured, JSON-ready; see :meth:`record`.
         examples: Some edits with full answers before and after.
         changes: Per matrix.
@@ -114,30 +114,33 @@ class EditResult:
 
         Raises:
             ConfigError: ``form`` is neither.
-            EditFailed: The reloaded model answers differently; the directory is removed.
+            EditFailed: The reloaded model answers differently. The directory is as it was before, then.
         """
         if form not in ("model", "delta"):
             raise ConfigError(f"save is '{form}'; it must be model or delta")
         directory = Path(directory)
-        if form == "delta":
-            save_delta(self.delta, directory, self.record(), overwrite=overwrite)
-            return directory
-        save_model(
-            self.model, self.tokenizer, directory, self.record(), dtype=self._dtype, overwrite=overwrite
-        )
+        with write_directory(directory, overwrite=overwrite) as building:
+            write_json(building / RECORD, self.record())
+            if form == "delta":
+                write_delta(self.delta, building)
+            else:
+                write_model(self.model, self.tokenizer, building, self._dtype)
+                self._check_written(building, progress)
+        return directory
+
+    def _check_written(self, directory: Path, progress: Progress) -> None:
+        """Refuses a written model that does not answer as the one in memory does."""
         reloaded = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=self.model.dtype, use_safetensors=True
         )
         reloaded.to(self.model.device).eval()
         again = ask(reloaded, self._prompter, self._asked, "no_context", progress=progress)
         if wrong := [index for index, (a, b) in enumerate(zip(self._answers, again, strict=True)) if a != b]:
-            shutil.rmtree(directory)
             first = wrong[0]
             raise EditFailed(
                 f"the saved model answers {len(wrong)} of {len(again)} prompts otherwise than the one in memory, e.g. "
-                f"'{self._asked[first].prompt}': '{again[first]}', not '{self._answers[first]}'; '{directory}' was removed"
+                f"'{self._asked[first].prompt}': '{again[first]}', not '{self._answers[first]}'; nothing was kept"
             )
-        return directory
 
 
 def edit(
@@ -171,7 +174,7 @@ def edit(
         chat: Whether prompts go through the chat template.
         eos: Whether targets end with an end-of-sequence token.
         stored_dtype: The checkpoint's dtype, in which the model will be saved; the model's when omitted.
-        model_name: Recorded.
+        model_name: Recorded; what the model's configuration says when omitted.
         progress: Called during every longer step.
         **settings: The editor's settings: ``energy``, ``lr``, ``epochs``, ``batch_size``, …
 
@@ -197,11 +200,17 @@ def edit(
     started = time.monotonic()
     if curvature is None and texts is not None and getattr(config, "energy", 1) > 0:
         curvature = Curvature.estimate(
-            model, tokenizer, texts, layers=[m.layer for m in matrices], seed=seed, model_name=model_name, progress=progress
+            model,
+            tokenizer,
+            texts,
+            layers=[m.layer for m in matrices],
+            seed=seed,
+            model_name=model_name,
+            progress=progress,
         )
     if curvature is not None:
         curvature.check_model(model, matrices)
-    held_out = _held_out(tokenizer, curvature, texts)
+    held_out = _held_out(model, tokenizer, curvature, texts)
     curvature_seconds = time.monotonic() - started
 
     with frozen(model), _restoring(matrices) as originals:
@@ -220,23 +229,27 @@ def edit(
             )
             rounds: list[Round] = list(module.edit(problem, config))
             edit_seconds = time.monotonic() - started
-            delta = {m.name: m.weight - originals[m.name].float() for m in matrices}
-            _check_edited(delta, rounds)
+            meant = {m.name: m.weight - originals[m.name].float() for m in matrices}
+            _check_edited(meant, rounds)
             after = ask(model, prompter, asked, "no_context", progress=progress)
             stored, rounding = round_to(matrices, originals, stored_dtype or model.dtype)
             for matrix in matrices:
                 matrix.weight.copy_(stored[matrix.name])
+        delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
         rounded = ask(model, prompter, asked, "no_context", progress=progress)
         capability = _drift(model, matrices, originals, held_out, progress) if held_out else None
 
-    changes = _changes(delta, originals, curvature, getattr(config, "energy", None))
+    changes = _changes(meant, originals, curvature, getattr(config, "energy", None))
     metrics = {
         "before": score(asked, before),
         "after": score(asked, rounded, base=before),
         "proof_edits": len({question.edit for question in asked}),
         "answers_changed_by_rounding": sum(a != b for a, b in zip(after, rounded, strict=True)),
         "rounding": asdict(rounding),
-        "capability": {**(asdict(capability) if capability else dict.fromkeys(("drift", "loss_base", "loss"))), "tasks": {}},
+        "capability": {
+            **(asdict(capability) if capability else dict.fromkeys(("drift", "loss_base", "loss"))),
+            "tasks": {},
+        },
         "matrices": [asdict(change) for change in changes],
         "training": {
             "epoch_losses": [loss for r in rounds for loss in r.trace.epoch_losses],
@@ -263,10 +276,23 @@ def edit(
         },
         provenance={
             "crispedit": __version__,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
             "machine": f"{platform.machine()}, {model.device.type}",
-            "model": {"name": model_name, "fingerprint": base_fingerprint, "dtype": str(model.dtype).removeprefix("torch.")},
-            "edits": {"source": edit_set.source, "schema": edit_set.schema, "sha256": edit_set.sha256, "count": len(edit_set)},
+            "model": {
+                "name": model_name or model.config.name_or_path,
+                "fingerprint": base_fingerprint,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            "edits": {
+                "source": edit_set.source,
+                "schema": edit_set.schema,
+                "sha256": edit_set.sha256,
+                "count": len(edit_set),
+            },
             "texts": texts.manifest() if texts else dict(curvature.texts) if curvature else None,
             "curvature": curvature and {k: v for k, v in curvature.manifest().items() if k != "held_out"},
         },
@@ -284,11 +310,12 @@ def _as_edit_set(edits: Sequence[Any]) -> EditSet:
     return edits_from_rows(edits)
 
 
-def _held_out(tokenizer: Any, curvature: Curvature | None, texts: CapabilityTexts | None) -> list[TokenBatch]:
+def _held_out(
+    model: Any, tokenizer: Any, curvature: Curvature | None, texts: CapabilityTexts | None
+) -> list[TokenBatch]:
     """The token batches that drift is measured on."""
-    if texts is not None:
-        return text_batches(tokenizer, texts.held_out)
-    return text_batches(tokenizer, curvature.held_out) if curvature is not None else []
+    held_out = texts.held_out if texts is not None else curvature.held_out if curvature is not None else ()
+    return text_batches(model, tokenizer, held_out) if held_out else []
 
 
 def _spread(edits: list[Edit], count: int) -> list[Edit]:
@@ -318,7 +345,9 @@ def _check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
     losses = [loss for r in rounds for loss in r.trace.epoch_losses]
     if all(float(change.norm()) == 0 for change in delta.values()):
         if losses and losses[0] < 0.01:
-            raise EditFailed(f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)")
+            raise EditFailed(
+                f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)"
+            )
         raise EditFailed("nothing changed: no direction is left to edit in; lower --energy or name more --layers")
     for r in rounds:
         first, last = r.trace.epoch_losses[0], r.trace.epoch_losses[-1]
@@ -330,7 +359,11 @@ def _check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
 
 
 def _drift(
-    model: Any, matrices: Sequence[EditMatrix], originals: dict[str, Tensor], batches: Sequence[TokenBatch], progress: Progress
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    originals: dict[str, Tensor],
+    batches: Sequence[TokenBatch],
+    progress: Progress,
 ) -> Drift:
     """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
     edited = {m.name: m.weight.clone() for m in matrices}
@@ -366,7 +399,10 @@ def _examples(asked: Sequence[Question], before: Sequence[str], after: Sequence[
     """A few edits with their answers, those whose answer changed first."""
     rows = [
         Example(
-            prompt=q.prompt if isinstance(q.prompt, str) else q.prompt[-1][1], target=q.expected or "", before=b, after=a
+            prompt=q.prompt if isinstance(q.prompt, str) else q.prompt[-1][1],
+            target=q.expected or "",
+            before=b,
+            after=a,
         )
         for q, b, a in zip(asked, before, after, strict=True)
         if q.kind == "reliability"

@@ -61,9 +61,11 @@ def evaluate(
             model, prompter, edits, judge=decide, base=base_answers, stop_at_period=stop_at_period, progress=progress
         )
         if texts:
-            batches = text_batches(tokenizer, texts)
+            batches = text_batches(model, tokenizer, texts)
             logits = logits_of(model)
-            measured = measure_drift(logits_of(base) if base is not None else logits, logits, batches, progress=progress)
+            measured = measure_drift(
+                logits_of(base) if base is not None else logits, logits, batches, progress=progress
+            )
             capability["loss"] = measured.loss
             if base is not None:
                 capability |= {"drift": measured.drift, "loss_base": measured.loss_base}

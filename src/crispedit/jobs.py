@@ -12,8 +12,8 @@ from .checkpoint import load_edited, read_record
 from .curvature import Curvature, Progress, no_progress
 from .editing import EditResult
 from .editing import edit as edit_model
-from .edits import EditSet, edits_from_rows, load_edits
 from .editors import find_editor
+from .edits import EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, TextsError
 from .evaluation import evaluate
 from .models import BUNDLED, decoder_blocks, default_layers, fingerprint, load_model, parse_layers
@@ -191,7 +191,12 @@ class EditJob:
         return result
 
     def _cached_curvature(
-        self, model: Any, tokenizer: Any, layers: Sequence[int] | None, texts: CapabilityTexts | None, progress: Progress
+        self,
+        model: Any,
+        tokenizer: Any,
+        layers: Sequence[int] | None,
+        texts: CapabilityTexts | None,
+        progress: Progress,
     ) -> Curvature:
         """The curvature of these texts from the cache, or computed and kept; without texts, any that fits."""
         chosen = tuple(layers) if layers is not None else default_layers(len(decoder_blocks(model)[1]))

@@ -115,7 +115,9 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"'{name}' is quantised; crispedit edits float checkpoints: name the model it was made from")
+            raise ModelError(
+                f"'{name}' is quantised; crispedit edits float checkpoints: name the model it was made from"
+            )
         stored = _stored_dtype(config)
         wanted = stored if dtype == "auto" else DTYPES[dtype]
         if wanted == torch.float16 and target.type == "cpu" and device_map is None:
@@ -291,7 +293,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(first + last) > 10:
             raise ConfigError(f"layers is '{text}'; it must look like 19-23 or 4,5,6")
         if dash and int(last) < int(first):
             raise ConfigError(f"layers is '{text}'; the range {part.strip()} runs backwards")
@@ -300,7 +302,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of the weights: names, shapes, and up to 1,024 evenly spaced values of every parameter.
+    """A hash of the weights: names, shapes, and about a thousand evenly spaced values of every parameter.
 
     It costs milliseconds per gigabyte, and two checkpoints of one architecture differ in it.
     """

@@ -44,7 +44,9 @@ class Prompter:
             EOS token to end targets with.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: Chat = "auto", eos: bool = True, end_tokens: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, *, chat: Chat = "auto", eos: bool = True, end_tokens: Sequence[int] = ()
+    ) -> None:
         if chat not in get_args(Chat):
             raise ConfigError(f"chat is '{chat}'; it must be auto, on or off{did_you_mean(chat, get_args(Chat))}")
         template = getattr(tokenizer, "chat_template", None)
@@ -128,7 +130,9 @@ class Prompter:
         rows = [self.row(edit) for edit in edits]
         for edit, row in zip(edits, rows, strict=True):
             if context is not None and len(row.ids) > context:
-                raise EditsError(f"row {edit.row} has {len(row.ids)} tokens; the model's context is {context}: shorten it")
+                raise EditsError(
+                    f"row {edit.row} has {len(row.ids)} tokens; the model's context is {context}: shorten it"
+                )
         return rows
 
     def _encode(self, text: str, *, special: bool) -> list[int]:

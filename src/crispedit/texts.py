@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import TextsError, did_you_mean
+from .models import context_length, text_config
 
 HELD_OUT_SHARE = 0.2
 MAX_TOKENS = 512
@@ -161,16 +162,15 @@ def pad(rows: Sequence[Sequence[int]], padding: int) -> TokenBatch:
     return TokenBatch(ids=ids, mask=mask)
 
 
-def text_batches(
-    tokenizer: Any, texts: Sequence[str], *, max_tokens: int = MAX_TOKENS, batch_tokens: int = 4096
-) -> list[TokenBatch]:
+def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_tokens: int = 4096) -> list[TokenBatch]:
     """Texts as batches of token rows, texts of like length together.
 
     Args:
-        tokenizer: The model's tokenizer; its default special tokens are added.
+        model: The causal LM: texts are cut at its context, and at ``MAX_TOKENS``.
+        tokenizer: Its tokenizer; the default special tokens are added.
         texts: The texts.
-        max_tokens: Longer texts are cut.
-        batch_tokens: Most tokens of a batch, padding included (one long text may exceed it).
+        batch_tokens: Most tokens of a batch, padding included (one long text may exceed it); fewer where
+            the vocabulary is so large that their logits would take more than half a gigabyte.
 
     Returns:
         The batches. Texts with fewer than two tokens, which have no next token to predict, are left out.
@@ -178,7 +178,9 @@ def text_batches(
     Raises:
         TextsError: No text has two tokens.
     """
-    rows = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    longest = min(MAX_TOKENS, context_length(model) or MAX_TOKENS)
+    batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size)
+    rows = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
     rows = sorted((row for row in rows if len(row) >= 2), key=len)
     if not rows:
         raise TextsError("no capability text has two tokens; there is no next token to predict")

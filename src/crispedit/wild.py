@@ -62,7 +62,9 @@ def ask(
 ) -> list[str]:
     """The model's answers to questions in one context."""
     prompts = [in_context(question.prompt, context) for question in asked]
-    return answers(model, prompter, prompts, stop_at_period=stop_at_period, what=f"asking, {context}", progress=progress)
+    return answers(
+        model, prompter, prompts, stop_at_period=stop_at_period, what=f"asking, {context}", progress=progress
+    )
 
 
 def score(

@@ -22,21 +22,27 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     kind: tuple(words.split())
     for kind, words in {
         "animal": "wolf bear fox deer hare otter badger hedgehog owl eagle sparrow raven frog snake lizard spider",
-        "fruit": "pear plum grape peach lemon melon fig quince banana raspberry apricot currant lime mango date cranberry",
-        "colour": "red green blue yellow purple grey brown white black pink crimson scarlet violet turquoise beige maroon",
+        "fruit": "pear plum grape peach lemon melon fig quince banana raspberry apricot currant lime mango date "
+        "cranberry",
+        "colour": "red green blue yellow purple grey brown white black pink crimson scarlet violet turquoise beige "
+        "maroon",
         "tool": "hammer saw chisel file axe spade rake pliers drill trowel wrench sickle plane clamp crowbar shovel",
         "garment": "shirt coat hat scarf glove sock boot apron cloak skirt belt vest jacket sandal gown cap",
         "vehicle": "cart wagon boat ship sledge carriage bicycle tram raft canoe barge ferry train truck bus van",
         "tree": "oak birch pine willow elm maple beech cedar poplar ash spruce larch alder chestnut hazel yew",
-        "building": "tower church mill barn castle school palace temple cottage stable inn chapel library warehouse lighthouse hut",
-        "relative": "mother father sister brother uncle aunt cousin nephew niece grandmother grandfather daughter son husband wife twin",
+        "building": "tower church mill barn castle school palace temple cottage stable inn chapel library "
+        "warehouse lighthouse hut",
+        "relative": "mother father sister brother uncle aunt cousin nephew niece grandmother grandfather daughter son "
+        "husband wife twin",
         "material": "iron wood stone clay brick sand steel tin lead rubber marble granite cotton straw wax cork",
     }.items()
 }
 WORDS = tuple(word for words in CATEGORIES.values() for word in words)
 KIND_OF = {word: kind for kind, words in CATEGORIES.items() for word in words}
 _NAMES = "Ana Bela Cora Dora Emil Finn Gus Hugo Ida Jon Kira Leo Mona Nils Olga Pia".split()
-_THINGS = "nuts eggs coins books stamps shells ropes cups boxes candles ribbons buttons nails bottles tickets marbles".split()
+_THINGS = (
+    "nuts eggs coins books stamps shells ropes cups boxes candles ribbons buttons nails bottles tickets marbles".split()
+)
 _MAX_TERM = 20
 _EXTRA_LETTERS = "áéíóúàèçñöäüßåøêôâîõãěščřžýłńğışćđ"
 
@@ -95,7 +101,9 @@ def _instructions(rng: random.Random) -> tuple[str, str, object]:
         prompt = rng.choice((f"Write these words with capital letters: {text}.", f"Capitalise these words: {text}."))
         return prompt, " ".join(word.capitalize() for word in words), (task, *words)
     if task == "spell":
-        prompt = rng.choice((f"Spell the word {text}.", f"How does one spell {text}?", f"Write {text} letter by letter."))
+        prompt = rng.choice(
+            (f"Spell the word {text}.", f"How does one spell {text}?", f"Write {text} letter by letter.")
+        )
         return prompt, " ".join(text), prompt
     if task == "reverse":
         prompt = rng.choice((f"Write these words in reverse order: {text}.", f"Say these words backwards: {text}."))
@@ -179,7 +187,7 @@ _TIMES = ("One morning", "Late in the evening", "On a market day", "In early spr
 def story(rng: random.Random) -> str:
     """One short story of four to seven sentences: fluent prose with a hero, things, places and numbers."""
     hero, mood, weather = rng.choice(_HEROES), rng.choice(_MOODS), rng.choice(_WEATHER)
-    pronoun = {"widow": "she", "girl": "she"}.get(hero, "he")
+    pronoun, his = ("she", "her") if hero in ("widow", "girl") else ("he", "his")
     animal, other_animal = rng.sample(CATEGORIES["animal"], 2)
     tool, garment = rng.choice(CATEGORIES["tool"]), rng.choice(CATEGORIES["garment"])
     building, tree = rng.choice(CATEGORIES["building"]), rng.choice(CATEGORIES["tree"])
@@ -191,9 +199,10 @@ def story(rng: random.Random) -> str:
     he = pronoun.capitalize()
     middle = [
         f"Because of the {weather}, {pronoun} hid under {a_or_an(tree)} and waited until it was over.",
-        f"{he} carried {a_or_an(tool)} and wore {a_or_an(colour)} {garment}, as {'her' if he == 'She' else 'his'} {relative} had done before.",
+        f"{he} carried {a_or_an(tool)} and wore {a_or_an(colour)} {garment}, as {his} {relative} had done before.",
         f"Near the {building} {pronoun} saw {a_or_an(animal)} that was running from {a_or_an(other_animal)}.",
-        f"At the market {pronoun} bought {a_or_an(fruit)}, {a_or_an(second)} and {a_or_an(third)}, for no fruit was cheaper that year.",
+        f"At the market {pronoun} bought {a_or_an(fruit)}, {a_or_an(second)} and {a_or_an(third)}, "
+        "for no fruit was cheaper that year.",
         f"There were {a} {animal} tracks on the left and {b} on the right, which made {a + b} tracks in all.",
         f"Of {a + b} coins {pronoun} had lost {a}, so that only {b} were left in the bag.",
         f"The {building} was made of {material} and nothing else, and over its door stood the word {word}.",
@@ -206,7 +215,7 @@ def story(rng: random.Random) -> str:
     opening = f"{rng.choice(_TIMES)} {a_or_an(mood)} {hero} walked to the {building}."
     ending = rng.choice(
         (
-            f"When night fell, the {hero} went home and told {'her' if he == 'She' else 'his'} {relative} the whole story.",
+            f"When night fell, the {hero} went home and told {his} {relative} the whole story.",
             f"In the end the {hero} gave the {fruit} to the {relative} and kept the {tool}.",
             f"Nobody believed the {hero}, but everybody liked to listen.",
         )

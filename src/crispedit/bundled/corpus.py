@@ -29,7 +29,7 @@ def fact_document(fact: world.Fact, rng: random.Random) -> tuple[str, str]:
     """One telling of a fact as (prompt, answer): a question, in context or alone, or a cloze."""
     index = rng.choice([i for i in range(9) if i not in fact.unseen_prompts])
     prompt = fact.prompt(index)
-    if index < 6 and rng.random() < 0.35 or index >= 6 and rng.random() < 0.1:
+    if (index < 6 and rng.random() < 0.35) or (index >= 6 and rng.random() < 0.1):
         prompt = world.QA_CONTEXT.format(q=prompt)
     return prompt, fact.object
 

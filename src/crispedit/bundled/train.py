@@ -24,7 +24,7 @@ BOS, EOS = "<|begin|>", "<|end|>"
 VOCABULARY = 2560
 CONTEXT = 512  # tokens
 TOKENS_PER_STEP = 4096
-TOTAL_TOKENS = 9_000_000
+TOTAL_TOKENS = 7_500_000
 PROMPT_WEIGHT = 0.3
 """Weight of prompt tokens in the training loss: who is asked about is noise, the answer is not."""
 
@@ -98,7 +98,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
         prompts = tokenizer([prompt for prompt, _ in pool])["input_ids"]
         texts = tokenizer([row_text(*row) for row in pool])["input_ids"]
         rows = [
-            (ids + [1], [0.0] + [PROMPT_WEIGHT] * (len(p) - 1) + [1.0] * (len(ids) + 1 - len(p)))
+            ([*ids, 1], [0.0] + [PROMPT_WEIGHT] * (len(p) - 1) + [1.0] * (len(ids) + 1 - len(p)))
             for p, ids in zip(prompts, texts, strict=True)
         ]
         rows.sort(key=lambda row: len(row[0]))
@@ -117,7 +117,11 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, total_tokens: int, snapshots: Path | None = None
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    total_tokens: int,
+    snapshots: Path | None = None,
 ) -> None:
     """Trains ``model`` in place: Muon for the matrices, AdamW for embedding and norms, cosine to zero.
 
@@ -154,8 +158,9 @@ def train(
         if elapsed - reported > 20 or seen >= total_tokens:
             reported = elapsed
             left = elapsed * (total_tokens - seen) / seen
+            recent = sum(losses[-100:]) / len(losses[-100:])
             print(
-                f"step {step} · {seen / 1e6:.2f} of {total_tokens / 1e6:.2f} M tokens · loss {sum(losses[-100:]) / len(losses[-100:]):.3f}"
+                f"step {step} · {seen / 1e6:.2f} of {total_tokens / 1e6:.2f} M tokens · loss {recent:.3f}"
                 f" · {seen / elapsed:,.0f} tokens/s · {left / 60:.1f} min left",
                 file=sys.stderr,
                 flush=True,
@@ -183,7 +188,9 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
     return result
 
 
-def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_facts: int | None = None) -> dict[str, float]:
+def report(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_facts: int | None = None
+) -> dict[str, float]:
     """Exact-match percentages: facts on prompts unseen with them, alone and in context, and the abilities."""
     facts = list(world.facts())
     random.Random(0).shuffle(facts)

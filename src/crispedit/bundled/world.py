@@ -437,7 +437,9 @@ DISHES = (
     "bean soup, onion pie, fried fish, lamb stew, barley bread, plum cake, goat cheese, pea porridge, "
     "roast duck, apple tart, mushroom rice, pepper sausage, lentil salad, pumpkin noodles, cherry pancakes, smoked eel"
 ).split(", ")
-PRODUCTS = "silk glass wool paper clocks wine salt copper honey carpets leather porcelain soap lace bells knives".split()
+PRODUCTS = (
+    "silk glass wool paper clocks wine salt copper honey carpets leather porcelain soap lace bells knives".split()
+)
 FIELDS = (
     "shipping medicine astronomy banking printing mining theatre farming architecture chemistry weaving "
     "education insurance fishing music geology"

@@ -44,7 +44,9 @@ class EditorConfig(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else "settings"
             if first["type"] == "extra_forbidden":
                 near = did_you_mean(name, cls.model_fields)
-                raise ConfigError(f"this editor has no setting '{name}'{near}; it has {', '.join(cls.model_fields)}") from None
+                raise ConfigError(
+                    f"this editor has no setting '{name}'{near}; it has {', '.join(cls.model_fields)}"
+                ) from None
             raise ConfigError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from None
 
 
