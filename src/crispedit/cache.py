@@ -69,7 +69,7 @@ def find(
     Returns:
         The newest match, or ``None``.
     """
-    wanted = {"model_fingerprint": model_fingerprint, "layers": list(layers)}
+    wanted: dict[str, Any] = {"model_fingerprint": model_fingerprint, "layers": list(layers)}
     wanted |= {} if fisher is None else {"fisher": fisher}
     wanted |= {} if seed is None else {"seed": seed}
     for directory in sorted(_directories(), key=lambda d: (d / MANIFEST).stat().st_mtime, reverse=True):

@@ -37,10 +37,8 @@ class Rounding:
     relative_error: float
 
 
-def round_to(
-    matrices: Sequence[EditMatrix], originals: Mapping[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Rounding]:
-    """The edited matrices as they will be stored, and what that does to the change.
+def round_to(matrices: Sequence[EditMatrix], originals: Mapping[str, Tensor], dtype: torch.dtype) -> Rounding:
+    """Rounds edited matrices, in place, to what will be stored, and measures what that does to the change.
 
     Args:
         matrices: Edited, in float32.
@@ -48,21 +46,21 @@ def round_to(
         dtype: The dtype of the checkpoint.
 
     Returns:
-        The rounded W by name, (d_out, d_in) float32, and the measurement.
+        The measurement.
     """
-    stored, meant, kept, wrong, norm = {}, 0, 0, 0.0, 0.0
+    meant, kept, wrong, norm = 0, 0, 0.0, 0.0
     for matrix in matrices:
         original = originals[matrix.name].float()
         delta = matrix.weight - original
-        stored[matrix.name] = matrix.weight.to(dtype).float()
-        change = stored[matrix.name] - original.to(dtype).float()
+        matrix.weight.copy_(matrix.weight.to(dtype))
+        change = matrix.weight - original.to(dtype).float()
         meant += int((delta != 0).sum())
         kept += int(((delta != 0) & (change != 0)).sum())
         wrong += float((change - delta).double().square().sum())
         norm += float(delta.double().square().sum())
     survived = kept / meant if meant else 1.0
     relative_error = (wrong / norm) ** 0.5 if norm else 0.0
-    return stored, Rounding(dtype=str(dtype).removeprefix("torch."), survived=survived, relative_error=relative_error)
+    return Rounding(dtype=str(dtype).removeprefix("torch."), survived=survived, relative_error=relative_error)
 
 
 def write_model(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:

@@ -121,7 +121,7 @@ def curvature(
     from .console import out as stdout
 
     stdout.print(f"the curvature is in {out}", soft_wrap=True)
-    _write_json(json, {k: v for k, v in found.manifest().items() if k != "held_out"})
+    _write_json(json, found.manifest(with_texts=False))
 
 
 @app.command()

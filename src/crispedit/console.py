@@ -146,6 +146,8 @@ def print_proof(result: EditResult) -> None:
         f"{metrics['answers_changed_by_rounding']} answers changed by it",
         soft_wrap=True,
     )
+    for note in result.notes:
+        out.print(note, soft_wrap=True)
     settings, rates = result.settings, metrics["training"]["learning_rates"]
     out.print(
         f"{settings['editor']}: energy {settings.get('energy', '–')}, "

@@ -275,8 +275,9 @@ class Curvature:
         """How many tokens the factors were averaged over."""
         return next(iter(self.factors.values())).num_tokens
 
-    def manifest(self) -> dict[str, Any]:
-        """Everything but the numbers, as JSON: what ``curvature.json`` holds."""
+    def manifest(self, *, with_texts: bool = True) -> dict[str, Any]:
+        """Everything but the numbers, as JSON: what ``curvature.json`` holds, with or without the held-out texts."""
+        held_out = {"held_out": list(self.held_out)} if with_texts else {}
         return {
             "format": FORMAT,
             "crispedit": __version__,
@@ -288,7 +289,7 @@ class Curvature:
             "num_tokens": self.num_tokens,
             "texts": dict(self.texts),
             "seed": self.seed,
-            "held_out": list(self.held_out),
+            **held_out,
         }
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:

@@ -100,5 +100,6 @@ def verdict(columns: dict[str, dict[str, Any]]) -> list[str]:
 
 def ability_loss(base: dict[str, Any], edited: dict[str, Any]) -> float:
     """Mean over the five abilities of base score minus edited score, in points."""
-    before, after = base["capability"]["tasks"], edited["capability"]["tasks"]
+    before: dict[str, float] = base["capability"]["tasks"]
+    after: dict[str, float] = edited["capability"]["tasks"]
     return sum(before[name] - after[name] for name in before) / len(before)

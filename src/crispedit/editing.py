@@ -19,49 +19,18 @@ from torch import Tensor
 
 from . import __version__
 from .artifacts import write_directory, write_json
-from .capability import Drift, Logits, logits_of, measure_drift
 from .checkpoint import RECORD, Form, round_to, write_delta, write_model
 from .curvature import Curvature, Progress, no_progress
 from .editors import find_editor
 from .editors.base import EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
-from .errors import ConfigError, EditFailed, NumericsError
+from .errors import ConfigError, EditFailed
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
+from .proof import PROOF_EDITS, Example, MatrixChange, check_edited, drift_from, examples, matrix_changes, spread
 from .rows import Chat, Prompter
-from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 from .training import float32_masters
-from .wild import Question, Scores, ask, questions, score
-
-PROOF_EDITS = 64
-"""Before and after are shown on at most so many edits, evenly spread over the edit set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixChange:
-    """What happened to one matrix.
-
-    Args:
-        name: Parameter name.
-        norm: ‖ΔW‖ in Frobenius norm.
-        relative: ‖ΔW‖ / ‖W₀‖.
-        outside: ‖P(ΔW) − ΔW‖ / ‖ΔW‖, the share outside the low-curvature subspace; ``None`` without one.
-    """
-
-    name: str
-    norm: float
-    relative: float
-    outside: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One edit, and the model's whole answer before and after."""
-
-    prompt: str
-    target: str
-    before: str
-    after: str
+from .wild import Question, ask, questions, score
 
 
 @dataclass(kw_only=True)
@@ -189,125 +158,107 @@ def edit(
     module = find_editor(editor)
     config = module.Config.of(settings)
     edit_set = edits if isinstance(edits, EditSet) else _as_edit_set(edits)
-    if layers is None and curvature is not None:
-        layers = curvature.layers
-    matrices = edit_matrices(model, layers)
+    matrices = edit_matrices(model, curvature.layers if layers is None and curvature is not None else layers)
     prompter = Prompter.of(model, tokenizer, chat=chat, eos=eos)
     rows = prompter.rows(edit_set, context_length(model))
-    base_fingerprint = fingerprint(model)
     if texts is not None and not isinstance(texts, CapabilityTexts):
         texts = split_texts(texts, seed=seed)
+    provenance = _provenance(model, model_name, edit_set)
     started = time.monotonic()
     if curvature is None and texts is not None and getattr(config, "energy", 1) > 0:
+        chosen = [m.layer for m in matrices]
         curvature = Curvature.estimate(
-            model,
-            tokenizer,
-            texts,
-            layers=[m.layer for m in matrices],
-            seed=seed,
-            model_name=model_name,
-            progress=progress,
+            model, tokenizer, texts, layers=chosen, seed=seed, model_name=model_name, progress=progress
         )
     if curvature is not None:
         curvature.check_model(model, matrices)
+        provenance |= {"texts": dict(curvature.texts), "curvature": curvature.manifest(with_texts=False)}
+    if texts is not None:
+        provenance["texts"] = texts.manifest()
     held_out = _held_out(model, tokenizer, curvature, texts)
     curvature_seconds = time.monotonic() - started
 
+    asked = questions(spread(list(edit_set), PROOF_EDITS))
+    problem = EditProblem(
+        model=model,
+        tokenizer=tokenizer,
+        matrices=matrices,
+        rows=rows,
+        curvature=curvature,
+        seed=seed,
+        progress=progress,
+    )
     with frozen(model), _restoring(matrices) as originals:
-        asked = questions(_spread(list(edit_set), PROOF_EDITS))
         before = ask(model, prompter, asked, "no_context", progress=progress)
         started = time.monotonic()
         with float32_masters(matrices):
-            problem = EditProblem(
-                model=model,
-                tokenizer=tokenizer,
-                matrices=matrices,
-                rows=rows,
-                curvature=curvature,
-                seed=seed,
-                progress=progress,
-            )
             rounds: list[Round] = list(module.edit(problem, config))
             edit_seconds = time.monotonic() - started
-            meant = {m.name: m.weight - originals[m.name].float() for m in matrices}
-            _check_edited(meant, rounds)
-            after = ask(model, prompter, asked, "no_context", progress=progress)
-            stored, rounding = round_to(matrices, originals, stored_dtype or model.dtype)
-            for matrix in matrices:
-                matrix.weight.copy_(stored[matrix.name])
+            change = {m.name: m.weight - originals[m.name].float() for m in matrices}
+            check_edited(change, rounds)
+            unrounded = ask(model, prompter, asked, "no_context", progress=progress)
+            rounding = round_to(matrices, originals, stored_dtype or model.dtype)
         delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
-        rounded = ask(model, prompter, asked, "no_context", progress=progress)
-        capability = _drift(model, matrices, originals, held_out, progress) if held_out else None
+        after = ask(model, prompter, asked, "no_context", progress=progress)
+        drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
 
-    changes = _changes(meant, originals, curvature, getattr(config, "energy", None))
+    changes = matrix_changes(change, originals, curvature, getattr(config, "energy", None))
     metrics = {
         "before": score(asked, before),
-        "after": score(asked, rounded, base=before),
+        "after": score(asked, after, base=before),
         "proof_edits": len({question.edit for question in asked}),
-        "answers_changed_by_rounding": sum(a != b for a, b in zip(after, rounded, strict=True)),
+        "answers_changed_by_rounding": sum(a != b for a, b in zip(unrounded, after, strict=True)),
         "rounding": asdict(rounding),
-        "capability": {
-            **(asdict(capability) if capability else dict.fromkeys(("drift", "loss_base", "loss"))),
-            "tasks": {},
-        },
-        "matrices": [asdict(change) for change in changes],
-        "training": {
-            "epoch_losses": [loss for r in rounds for loss in r.trace.epoch_losses],
-            "learning_rates": [rate for r in rounds for rate in r.trace.rates],
-            "steps": sum(r.trace.steps for r in rounds),
-            "stopped_early": rounds[-1].trace.stopped_early,
-        },
+        "capability": asdict(drift) if drift else dict.fromkeys(("drift", "loss_base", "loss")),
+        "matrices": [asdict(of_matrix) for of_matrix in changes],
+        "training": _training(rounds),
         "seconds": {"curvature": round(curvature_seconds, 2), "edit": round(edit_seconds, 2)},
     }
+    run = {"editor": editor, "layers": [m.layer for m in matrices], "seed": seed, "chat": chat, "eos": eos}
     return EditResult(
         model=model,
         tokenizer=tokenizer,
         delta=delta,
         metrics=metrics,
-        examples=_examples(asked, before, rounded),
+        examples=examples(asked, before, after),
         changes=changes,
-        settings={
-            "editor": editor,
-            "layers": [m.layer for m in matrices],
-            "seed": seed,
-            "chat": chat,
-            "eos": eos,
-            **config.model_dump(),
-        },
-        provenance={
-            "crispedit": __version__,
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "machine": f"{platform.machine()}, {model.device.type}",
-            "model": {
-                "name": model_name or model.config.name_or_path,
-                "fingerprint": base_fingerprint,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
-            "edits": {
-                "source": edit_set.source,
-                "schema": edit_set.schema,
-                "sha256": edit_set.sha256,
-                "count": len(edit_set),
-            },
-            "texts": texts.manifest() if texts else dict(curvature.texts) if curvature else None,
-            "curvature": curvature and {k: v for k, v in curvature.manifest().items() if k != "held_out"},
-        },
+        settings={**run, **config.model_dump()},
+        provenance=provenance,
+        notes=list(edit_set.notes),
         _prompter=prompter,
         _asked=asked,
-        _answers=rounded,
+        _answers=after,
         _dtype=stored_dtype or model.dtype,
     )
 
 
 def _as_edit_set(edits: Sequence[Any]) -> EditSet:
     """Edits or dictionaries given in Python as an edit set."""
-    if all(isinstance(item, Edit) for item in edits):
+    if edits and all(isinstance(item, Edit) for item in edits):
         return EditSet.of(edits)
     return edits_from_rows(edits)
+
+
+def _provenance(model: Any, model_name: str, edits: EditSet) -> dict[str, Any]:
+    """Where model and edits came from, and on what they met."""
+    versions = {
+        "crispedit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {
+        "versions": versions,
+        "machine": f"{platform.machine()}, {model.device.type}",
+        "model": {
+            "name": model_name or model.config.name_or_path,
+            "fingerprint": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "edits": {"source": edits.source, "schema": edits.schema, "sha256": edits.sha256, "count": len(edits)},
+        "texts": None,
+        "curvature": None,
+    }
 
 
 def _held_out(
@@ -318,11 +269,14 @@ def _held_out(
     return text_batches(model, tokenizer, held_out) if held_out else []
 
 
-def _spread(edits: list[Edit], count: int) -> list[Edit]:
-    """At most ``count`` edits, evenly spread over all."""
-    if len(edits) <= count:
-        return edits
-    return [edits[index * len(edits) // count] for index in range(count)]
+def _training(rounds: Sequence[Round]) -> dict[str, Any]:
+    """How the rounds went, epoch by epoch."""
+    return {
+        "epoch_losses": [loss for r in rounds for loss in r.trace.epoch_losses],
+        "learning_rates": [rate for r in rounds for rate in r.trace.rates],
+        "steps": sum(r.trace.steps for r in rounds),
+        "stopped_early": rounds[-1].trace.stopped_early,
+    }
 
 
 @contextmanager
@@ -335,82 +289,3 @@ def _restoring(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, Tensor]]:
         for matrix in matrices:
             matrix.weight.copy_(originals[matrix.name])
         raise
-
-
-def _check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
-    """Refuses an edit that did nothing or went wrong, with a diagnosis."""
-    for name, change in delta.items():
-        if not torch.isfinite(change).all():
-            raise NumericsError(f"the edited {name} has numbers that are not finite; lower --lr")
-    losses = [loss for r in rounds for loss in r.trace.epoch_losses]
-    if all(float(change.norm()) == 0 for change in delta.values()):
-        if losses and losses[0] < 0.01:
-            raise EditFailed(
-                f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)"
-            )
-        raise EditFailed("nothing changed: no direction is left to edit in; lower --energy or name more --layers")
-    for r in rounds:
-        first, last = r.trace.epoch_losses[0], r.trace.epoch_losses[-1]
-        if len(r.trace.epoch_losses) > 1 and not last < first:
-            raise EditFailed(
-                f"the edit loss did not fall ({first:.3f} in the first epoch, {last:.3f} in the last); "
-                "lower --lr if it jumps, raise --lr or --epochs if it hardly moves"
-            )
-
-
-def _drift(
-    model: Any,
-    matrices: Sequence[EditMatrix],
-    originals: dict[str, Tensor],
-    batches: Sequence[TokenBatch],
-    progress: Progress,
-) -> Drift:
-    """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
-    edited = {m.name: m.weight.clone() for m in matrices}
-    logits = logits_of(model)
-
-    def with_weights(weights: dict[str, Tensor]) -> Logits:
-        def run(batch: TokenBatch) -> Tensor:
-            for matrix in matrices:
-                matrix.weight.copy_(weights[matrix.name])
-            return logits(batch)
-
-        return run
-
-    return measure_drift(with_weights(originals), with_weights(edited), batches, progress=progress)
-
-
-def _changes(
-    delta: dict[str, Tensor], originals: dict[str, Tensor], curvature: Curvature | None, energy: float | None
-) -> list[MatrixChange]:
-    changes = []
-    for name, change in delta.items():
-        outside = None
-        if curvature is not None and energy:
-            outside = Subspace.of(curvature.spectrum(name), energy).to(change.device).share_outside(change)
-        norm = float(change.norm())
-        changes.append(
-            MatrixChange(name=name, norm=norm, relative=norm / float(originals[name].float().norm()), outside=outside)
-        )
-    return changes
-
-
-def _examples(asked: Sequence[Question], before: Sequence[str], after: Sequence[str], count: int = 4) -> list[Example]:
-    """A few edits with their answers, those whose answer changed first."""
-    rows = [
-        Example(
-            prompt=q.prompt if isinstance(q.prompt, str) else q.prompt[-1][1],
-            target=q.expected or "",
-            before=b,
-            after=a,
-        )
-        for q, b, a in zip(asked, before, after, strict=True)
-        if q.kind == "reliability"
-    ]
-    return sorted(rows, key=lambda row: row.before == row.after)[:count]
-
-
-def final_scores(metrics: dict[str, Any]) -> Scores:
-    """Reliability, generalization and locality after the edit."""
-    scores: Scores = metrics["after"]
-    return scores

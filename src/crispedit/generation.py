@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 40
 """The paper's limit on an answer (appendix E)."""
 
 
-class _LineEnd(StoppingCriteria):
+class _LineEnd(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     """Stops a row at the first token with a line break that does not lead the answer."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -187,7 +187,6 @@ class EditJob:
             "texts": self.texts and str(self.texts),
             "samples": self.samples,
         }
-        result.notes.extend(edit_set.notes)
         return result
 
     def _cached_curvature(

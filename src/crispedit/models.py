@@ -9,7 +9,7 @@ GPT-2's ``Conv1D`` stores Wᵀ. That is known here and nowhere else: :attr:`Edit
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +248,9 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
@@ -316,7 +318,7 @@ def fingerprint(model: Any) -> str:
 
 
 @contextmanager
-def frozen(model: Any):
+def frozen(model: Any) -> Iterator[Any]:
     """Nothing requires a gradient and dropout is off within; both are as before afterwards."""
     needed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     training = model.training

@@ -100,7 +100,7 @@ class Prompter:
             EditsError: No token of the target is left to learn.
         """
         prompt = self.prompt(edit.turns or edit.prompt)
-        end = [self._turn_end] if self.eos else []
+        end = [self._turn_end] if self.eos and self._turn_end is not None else []
         if self.chat:
             ids = [*prompt, *self._encode(edit.target, special=False), *end]
         else:

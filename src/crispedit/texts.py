@@ -110,16 +110,17 @@ def load_texts(path: str | Path) -> list[str]:
 
 def _rows(content: str, path: Path) -> Iterator[tuple[int, Any]]:
     """(number, value) of every row of a JSON file or JSON-lines file."""
+    number = 0
     try:
         if path.suffix == ".jsonl":
-            for number, line in enumerate(content.splitlines(), 1):
+            for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also split inside strings
                 if line.strip():
                     yield number, json.loads(line)
             return
         rows = json.loads(content) if content.strip() else []
     except json.JSONDecodeError as error:
-        line = number if path.suffix == ".jsonl" else error.lineno
-        raise TextsError(f"{path.name} line {line} is not JSON: {error.msg} at column {error.colno}") from error
+        where = number or error.lineno
+        raise TextsError(f"{path.name} line {where} is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(rows, list):
         raise TextsError(f"{path.name} must hold a list of texts, not {type(rows).__name__}")
     yield from enumerate(rows, 1)

@@ -61,6 +61,7 @@ def _arithmetic(rng: random.Random) -> tuple[str, str, object]:
     name, other = rng.sample(_NAMES, 2)
     thing, place = rng.choice(_THINGS), rng.choice(("shelf", "table", "basket", "cellar"))
     kind = rng.choices(("add", "subtract", "multiply"), (5, 4, 1))[0]
+    prompts: tuple[str, ...]
     if kind == "add":
         a, b = rng.randint(1, _MAX_TERM), rng.randint(1, _MAX_TERM)
         answer = a + b

@@ -1,0 +1,132 @@
+"""The proof of an edit: what it did to the answers, to the weights, and to everything else.
+
+An edit that did nothing, or went wrong, is an error with a diagnosis, and not a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capability import Drift, Logits, logits_of, measure_drift
+from .curvature import Curvature, Progress
+from .editors.base import Round
+from .edits import Edit
+from .errors import EditFailed, NumericsError
+from .models import EditMatrix
+from .subspace import Subspace
+from .texts import TokenBatch
+from .wild import Question
+
+PROOF_EDITS = 64
+"""Before and after are shown on at most so many edits, evenly spread over the edit set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixChange:
+    """What happened to one matrix.
+
+    Args:
+        name: Parameter name.
+        norm: ‖ΔW‖ in Frobenius norm.
+        relative: ‖ΔW‖ / ‖W₀‖.
+        outside: ‖P(ΔW) − ΔW‖ / ‖ΔW‖, the share outside the low-curvature subspace; ``None`` without one.
+    """
+
+    name: str
+    norm: float
+    relative: float
+    outside: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One edit, and the model's whole answer before and after."""
+
+    prompt: str
+    target: str
+    before: str
+    after: str
+
+
+def spread(edits: list[Edit], count: int) -> list[Edit]:
+    """At most ``count`` edits, evenly spread over all."""
+    if len(edits) <= count:
+        return edits
+    return [edits[index * len(edits) // count] for index in range(count)]
+
+
+def check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
+    """Refuses an edit that did nothing or went wrong, with a diagnosis."""
+    for name, change in delta.items():
+        if not torch.isfinite(change).all():
+            raise NumericsError(f"the edited {name} has numbers that are not finite; lower --lr")
+    losses = [loss for r in rounds for loss in r.trace.epoch_losses]
+    if all(float(change.norm()) == 0 for change in delta.values()):
+        if losses and losses[0] < 0.01:
+            raise EditFailed(
+                f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)"
+            )
+        raise EditFailed("nothing changed: no direction is left to edit in; lower --energy or name more --layers")
+    for r in rounds:
+        first, last = r.trace.epoch_losses[0], r.trace.epoch_losses[-1]
+        if len(r.trace.epoch_losses) > 1 and not last < first:
+            raise EditFailed(
+                f"the edit loss did not fall ({first:.3f} in the first epoch, {last:.3f} in the last); "
+                "lower --lr if it jumps, raise --lr or --epochs if it hardly moves"
+            )
+
+
+def drift_from(
+    originals: Mapping[str, Tensor],
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    progress: Progress,
+) -> Drift:
+    """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
+    edited = {m.name: m.weight.clone() for m in matrices}
+    logits = logits_of(model)
+
+    def with_weights(weights: Mapping[str, Tensor]) -> Logits:
+        def run(batch: TokenBatch) -> Tensor:
+            for matrix in matrices:
+                matrix.weight.copy_(weights[matrix.name])
+            return logits(batch)
+
+        return run
+
+    return measure_drift(with_weights(originals), with_weights(edited), batches, progress=progress)
+
+
+def matrix_changes(
+    delta: dict[str, Tensor], originals: dict[str, Tensor], curvature: Curvature | None, energy: float | None
+) -> list[MatrixChange]:
+    """Size of every matrix's change, and its share outside the subspace where there is one."""
+    changes = []
+    for name, change in delta.items():
+        outside = None
+        if curvature is not None and energy:
+            outside = Subspace.of(curvature.spectrum(name), energy).to(change.device).share_outside(change)
+        norm = float(change.norm())
+        changes.append(
+            MatrixChange(name=name, norm=norm, relative=norm / float(originals[name].float().norm()), outside=outside)
+        )
+    return changes
+
+
+def examples(asked: Sequence[Question], before: Sequence[str], after: Sequence[str], count: int = 4) -> list[Example]:
+    """A few edits with their answers, those whose answer changed first."""
+    rows = [
+        Example(
+            prompt=q.prompt if isinstance(q.prompt, str) else q.prompt[-1][1],
+            target=q.expected or "",
+            before=b,
+            after=a,
+        )
+        for q, b, a in zip(asked, before, after, strict=True)
+        if q.kind == "reliability"
+    ]
+    return sorted(rows, key=lambda row: row.before == row.after)[:count]
