@@ -21,8 +21,8 @@ from rich.text import Text
 from .curvature import Progress as ProgressCallback
 from .editing import EditResult
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 class _Rate(ProgressColumn):
@@ -116,7 +116,10 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
 
 def print_proof(result: EditResult) -> None:
     """The proof of an edit: before and after, answers in full, and what changed per matrix."""
-    metrics = result.metrics
+    metrics, edits = result.metrics, result.provenance["edits"]
+    out.print(f"{edits['count']} edits from {edits['source']}, schema {edits['schema']}", soft_wrap=True)
+    for note in result.notes:
+        out.print(note, soft_wrap=True)
     before, after, capability = metrics["before"], metrics["after"], metrics["capability"]
     rows = [[f"{kind}, %", percent(before[kind]), percent(after[kind])] for kind in before]
     if capability["drift"] is not None:
@@ -146,8 +149,6 @@ def print_proof(result: EditResult) -> None:
         f"{metrics['answers_changed_by_rounding']} answers changed by it",
         soft_wrap=True,
     )
-    for note in result.notes:
-        out.print(note, soft_wrap=True)
     settings, rates = result.settings, metrics["training"]["learning_rates"]
     out.print(
         f"{settings['editor']}: energy {settings.get('energy', '–')}, "

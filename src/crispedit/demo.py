@@ -44,7 +44,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = no_progress) -> D
     Returns:
         The evaluations and what they say.
     """
-    own = (read_record(out) or {}).get("job", {}).get("edits") == EDITS
+    own = (read_record(out) or {}).get("command") == "demo"
     check_writable(out, overwrite=own)
     edits = read_edits(EDITS)
     base = load_model(BUNDLED)
@@ -57,6 +57,7 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = no_progress) -> D
         result = EditJob(model=BUNDLED, edits=EDITS, settings=settings, seed=seed).run(progress=progress)
         columns[name] = evaluate(result.model, result.tokenizer, edits, base=base.model, **shared)
         results[name] = result
+    results["crispedit"].provenance["command"] = "demo"
     results["crispedit"].save(out, overwrite=own, progress=progress)
     return DemoResult(columns=columns, verdict=verdict(columns), example=str(world.edit_rows("demo")[0]["prompt"]))
 
