@@ -53,10 +53,11 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
     }  # fmt: skip
 
     capsys.readouterr()
-    program("ask", "one", "What is 3 plus 4?", "--base", "bundled")
+    program("ask", "one", "What is 3 plus 4?", "--base", "bundled", "--json", "asked.json")
     said = capsys.readouterr().out
-    assert "8" in said
-    assert "7" in said
+    assert "bundled" in said
+    answers = json.loads((work / "asked.json").read_text())["answers"]
+    assert answers["one"] == "8" != answers["bundled"]
 
 
 def test_a_curvature_is_found_again_and_reused(work, capsys):
@@ -73,7 +74,8 @@ def test_a_delta_can_be_evaluated(work):
 
 
 def test_an_edit_that_fails_has_status_1_and_leaves_nothing(work, capsys):
-    (work / "known.json").write_text('[{"prompt": "What is 2 plus 1?", "target": "3"}]')
+    known = [{"prompt": "True or false: an alder is a relative.", "target": "false"}]
+    (work / "known.json").write_text(json.dumps(known))
     assert cli._run(["edit", "bundled", "known.json", "--out", "out", "--energy", "0"]) == 1
     assert "nothing changed" in capsys.readouterr().err
     assert not (work / "out").exists()

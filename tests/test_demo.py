@@ -23,11 +23,11 @@ FT = column(100, 50, 0.09, 70, 84, 80, 67, 60)
 @pytest.mark.parametrize(
     ("crispedit", "met"),
     [
-        (column(96, 40, 0.03, 90, 89, 80, 68, 59), [True, True, True, True]),
-        (column(94, 40, 0.03, 90, 89, 80, 68, 59), [False, True, True, True]),
-        (column(96, 39, 0.03, 90, 89, 80, 68, 59), [True, False, True, True]),
+        (column(96, 40, 0.03, 92, 89, 80, 68, 59), [True, True, True, True]),
+        (column(94, 40, 0.03, 92, 89, 80, 68, 59), [False, True, True, True]),
+        (column(96, 39, 0.03, 92, 89, 80, 68, 59), [True, False, True, True]),
         (column(96, 40, 0.03, 85, 89, 80, 65, 59), [True, True, False, True]),
-        (column(96, 40, 0.04, 90, 89, 80, 68, 59), [True, True, True, False]),
+        (column(96, 40, 0.04, 92, 89, 80, 68, 59), [True, True, True, False]),
     ],
 )
 def test_the_verdict_says_which_goals_are_met(crispedit, met):

@@ -77,7 +77,7 @@ def test_a_model_that_answers_otherwise_after_saving_is_removed(result, tmp_path
 
 
 def test_an_edit_that_is_known_already_is_an_error(bundled):
-    known = [{"prompt": "What is 2 plus 1?", "target": "3"}]
+    known = [{"prompt": "True or false: an alder is a relative.", "target": "false"}]
     with pytest.raises(EditFailed, match="nothing changed: the model already says all of this"):
         edit(bundled.model, bundled.tokenizer, known, energy=0)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Conv1D
 
-from crispedit.checkpoint import load_edited, save_model
+from crispedit.checkpoint import load_edited, write_model
 from crispedit.editing import edit
 from crispedit.errors import ConfigError, ModelError
 from crispedit.generation import answers
@@ -174,8 +174,8 @@ def test_a_tensor_of_another_dtype_is_saved_as_it_is(tmp_path):
     """Some models keep a few tensors in float32, whatever the dtype of the rest."""
     model = tiny_model("llama", dtype=BFLOAT16)
     model.model.norm.weight = nn.Parameter(torch.linspace(0.9, 1.1, 32))
-    save_model(model, tiny_tokenizer(), tmp_path / "saved", {}, dtype=BFLOAT16)
-    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    write_model(model, tiny_tokenizer(), tmp_path, BFLOAT16)
+    stored = load_file(tmp_path / "model.safetensors")
     assert dtypes(stored) == dtypes(model.state_dict())
     assert torch.equal(stored["model.norm.weight"], model.model.norm.weight)
 

@@ -84,16 +84,17 @@ def curvature(
     """Compute the curvature of a model's capability loss, for any number of later edits."""
     _check_json(json)
     from .artifacts import check_writable
+    from .curvature import Curvature, check_fisher
     from .models import parse_layers
 
     check_writable(out, overwrite=overwrite)
+    check_fisher(fisher)
     chosen = parse_layers(layers) if layers is not None else None
     divided = _texts(model, texts, samples, seed)
     if divided is None:
         raise TextsError("no capability texts: give --texts FILE (.jsonl, .json or .txt)")
     from . import cache
     from .console import print_table
-    from .curvature import Curvature
     from .subspace import energy_threshold
 
     with _bars() as progress:
@@ -335,10 +336,9 @@ def _run(arguments: list[str] | None) -> int:
     debug = bool(os.environ.get("CRISPEDIT_DEBUG"))
     try:
         status = app(arguments, standalone_mode=False, prog_name="crispedit")
+        if status == 130:  # how Typer returns from a KeyboardInterrupt
+            print("crispedit: interrupted; nothing was written", file=sys.stderr)
         return status if isinstance(status, int) else 0
-    except KeyboardInterrupt:
-        print("crispedit: interrupted; nothing was written", file=sys.stderr)
-        return 130
     except CrispEditError as error:
         if debug:
             raise

@@ -40,6 +40,13 @@ FORMAT = 1
 MANIFEST, TENSORS = "curvature.json", "factors.safetensors"
 
 
+def check_fisher(fisher: str) -> None:
+    """Raises :class:`ConfigError` unless ``fisher`` is ``mc`` or ``empirical``."""
+    known = get_args(Fisher)
+    if fisher not in known:
+        raise ConfigError(f"fisher is '{fisher}'; it must be {' or '.join(known)}{did_you_mean(fisher, known)}")
+
+
 def no_progress(what: str, done: int, total: int) -> None:
     """The default progress callback: says nothing."""
 
@@ -241,13 +248,8 @@ class Curvature:
 
         Returns:
             The curvature; spectra are computed when first asked for.
-
-        Raises:
-            ConfigError: ``fisher`` is neither ``mc`` nor ``empirical``.
         """
-        if fisher not in get_args(Fisher):
-            near = did_you_mean(fisher, get_args(Fisher))
-            raise ConfigError(f"fisher is '{fisher}'; it must be mc or empirical{near}")
+        check_fisher(fisher)
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
         batches = text_batches(model, tokenizer, divided.fit)

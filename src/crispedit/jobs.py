@@ -16,7 +16,9 @@ from .editors import find_editor
 from .edits import EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, TextsError
 from .evaluation import evaluate
-from .models import BUNDLED, decoder_blocks, default_layers, fingerprint, load_model, parse_layers
+from .judge import find_judge
+from .models import BUNDLED, context_length, decoder_blocks, default_layers, fingerprint, load_model, parse_layers
+from .rows import Prompter
 from .texts import CapabilityTexts, load_texts, split_texts
 
 BUNDLED_EDITS = "bundled:"
@@ -161,6 +163,8 @@ class EditJob:
             self.model, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
         model, tokenizer = loaded.model, loaded.tokenizer
+        # what is wrong with the rows is said before minutes go into a curvature
+        Prompter.of(model, tokenizer, chat=self.chat, eos=self.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]
         if found is None and getattr(config, "energy", 1) > 0:
             found = self._cached_curvature(model, tokenizer, layers, texts, progress)
         result = edit_model(
@@ -249,6 +253,7 @@ def evaluate_job(
     Returns:
         The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`.
     """
+    find_judge(judge)  # before anything is loaded
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
