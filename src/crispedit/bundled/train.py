@@ -189,7 +189,10 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
 
 
 def report(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_facts: int | None = None
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    num_facts: int | None = None,
+    num_probes: int = abilities.PROBE_ITEMS,
 ) -> dict[str, float]:
     """Exact-match percentages: facts on prompts unseen with them, alone and in context, and the abilities."""
     facts = list(world.facts())
@@ -206,7 +209,7 @@ def report(
         got = answers(model, tokenizer, of_kind)
         scores[name] = 100 * sum(a == fact.object for a, fact in zip(got, facts, strict=True)) / len(facts)
     for family in abilities.PROMPTED:
-        items = abilities.probes(family)
+        items = abilities.probes(family, num_probes)
         got = answers(model, tokenizer, [prompt for prompt, _ in items])
         scores[family] = 100 * sum(a == answer for a, (_, answer) in zip(got, items, strict=True)) / len(items)
     return {name: round(score, 1) for name, score in scores.items()}
@@ -230,7 +233,8 @@ def main() -> None:
     model.half().save_pretrained(arguments.out)  # what is measured below is what was stored
     tokenizer.save_pretrained(arguments.out)
     stored = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
-    print(json.dumps(report(stored, tokenizer, 20 if arguments.smoke else None), indent=1))
+    counts = (20, 20) if arguments.smoke else (None, abilities.PROBE_ITEMS)
+    print(json.dumps(report(stored, tokenizer, *counts), indent=1))
 
 
 if __name__ == "__main__":
