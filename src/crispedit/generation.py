@@ -12,7 +12,7 @@ from .curvature import Progress, no_progress
 from .errors import EditsError
 from .models import context_length
 from .rows import Prompter
-from .texts import padding_id
+from .texts import padding_id, token_groups
 
 MAX_NEW_TOKENS = 40
 """The paper's limit on an answer (appendix E)."""
@@ -95,7 +95,7 @@ def answers(
         bos_token_id=tokenizer.bos_token_id,
     )
     found: dict[tuple[int, ...], str] = {}
-    for group in _groups(unique, batch_tokens):
+    for group in token_groups(unique, batch_tokens):
         width = len(group[-1])
         settings.max_new_tokens = min(max_new_tokens, context - width) if context is not None else max_new_tokens
         ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in group], device=device)
@@ -111,16 +111,6 @@ def answers(
             found[row] = _clean(tokenizer, new, prompter.end_tokens, stop_at_period)
         progress(what, len(found), len(unique))
     return [found[ids] for ids in encoded]
-
-
-def _groups(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    """Rows sorted by length, in batches of at most ``batch_tokens`` tokens with their padding."""
-    groups: list[list[tuple[int, ...]]] = [[]]
-    for row in rows:
-        if groups[-1] and len(row) * (len(groups[-1]) + 1) > batch_tokens:
-            groups.append([])
-        groups[-1].append(row)
-    return groups if rows else []
 
 
 def _clean(tokenizer: Any, ids: list[int], end_tokens: Sequence[int], stop_at_period: bool) -> str:

@@ -6,13 +6,15 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import TextsError, did_you_mean
 from .models import context_length, text_config
+
+TokenRow = TypeVar("TokenRow", bound=Sequence[int])
 
 HELD_OUT_SHARE = 0.2
 MAX_TOKENS = 512
@@ -163,6 +165,24 @@ def pad(rows: Sequence[Sequence[int]], padding: int) -> TokenBatch:
     return TokenBatch(ids=ids, mask=mask)
 
 
+def token_groups(rows: Sequence[TokenRow], batch_tokens: int) -> list[list[TokenRow]]:
+    """Rows, ascending in length, as groups of at most ``batch_tokens`` tokens each with their padding.
+
+    Args:
+        rows: Token rows, the shortest first.
+        batch_tokens: Most tokens of a group (one row longer than that stands alone).
+
+    Returns:
+        The groups, none of them empty.
+    """
+    groups: list[list[TokenRow]] = []
+    for row in rows:
+        if not groups or len(row) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
 def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_tokens: int = 4096) -> list[TokenBatch]:
     """Texts as batches of token rows, texts of like length together.
 
@@ -185,11 +205,7 @@ def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_toke
     rows = sorted((row for row in rows if len(row) >= 2), key=len)
     if not rows:
         raise TextsError("no capability text has two tokens; there is no next token to predict")
-    groups: list[list[list[int]]] = [[]]
-    for row in rows:
-        if groups[-1] and len(row) * (len(groups[-1]) + 1) > batch_tokens:
-            groups.append([])
-        groups[-1].append(row)
+    groups = token_groups(rows, batch_tokens)
     return [pad(group, padding_id(tokenizer)) for group in groups]
 
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .bundled.world import QA_CONTEXT
 from .curvature import Progress, no_progress
 from .edits import Edit
 from .generation import answers
 from .judge import Judge, exact
 from .rows import Prompter
 
-QA_CONTEXT = "Please answer the question: \n\nQ: {q}\nA:"
 CONTEXTS = ("no_context", "qa_context")
 
 Scores = dict[str, float | None]
