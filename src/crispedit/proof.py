@@ -18,6 +18,7 @@ from .errors import EditFailed, NumericsError
 from .models import EditMatrix
 from .subspace import Subspace
 from .texts import TokenBatch
+from .training import STOP_LOSS
 from .wild import Question
 
 PROOF_EDITS = 64
@@ -65,7 +66,7 @@ def check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
             raise NumericsError(f"the edited {name} has numbers that are not finite; lower --lr")
     losses = [loss for r in rounds for loss in r.trace.epoch_losses]
     if all(float(change.norm()) == 0 for change in delta.values()):
-        if losses and losses[0] < 0.01:
+        if losses and losses[0] < STOP_LOSS:
             raise EditFailed(
                 f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)"
             )
