@@ -46,10 +46,10 @@ def run(case: dict[str, Any], edits: EditSet, curvatures: dict[Any, Curvature]) 
     assert texts is not None
     if case["texts"] == "probe-like":
         texts = split_texts([*texts.fit, *texts.held_out, *probe_like_texts(400)], seed=0)
-    key = (layers, case["fisher"], case["texts"])
+    key = (layers, case["fisher"], case["texts"], case["seed"])
     if case["energy"] and key not in curvatures:
         curvatures[key] = Curvature.estimate(
-            loaded.model, loaded.tokenizer, texts, layers=layers, fisher=case["fisher"]
+            loaded.model, loaded.tokenizer, texts, layers=layers, fisher=case["fisher"], seed=case["seed"]
         )
     started = time.monotonic()
     settings = {name: case[name] for name in ("energy", "lr", "epochs") if case[name] is not None}

@@ -14,7 +14,7 @@ from crispedit.models import edit_matrices, frozen
 from crispedit.rows import EditRow
 from crispedit.subspace import Spectrum, Subspace
 from crispedit.texts import pad
-from crispedit.training import START, Coordinates, Pace, Unconstrained, edit_loss, fine_tune, float32_masters
+from crispedit.training import LIMIT, START, Coordinates, Pace, Unconstrained, edit_loss, fine_tune, float32_masters
 from reference import project_by_equation_6, random_rows, relative, tiny_gpt2, tiny_llama
 
 TOKENIZER = SimpleNamespace(pad_token_id=None, eos_token_id=2)
@@ -223,6 +223,14 @@ PACES = {
 def test_the_pace_is_raised_when_too_slow_and_halved_when_the_loss_rises(case):
     losses, factor = PACES[case]
     assert Pace(100, epochs=10, stop_loss=0.01).rate(losses) == pytest.approx(START / 100 * factor)
+
+
+def test_the_pace_has_a_limit_and_comes_down_from_it():
+    pace = Pace(100, epochs=25, stop_loss=0.01)
+    rates = [pace.rate([3.0] * epochs) for epochs in range(20)]
+    assert rates == sorted(rates)
+    assert rates[-1] == LIMIT / 100
+    assert pace.rate([3.0, 4.0]) == LIMIT / 200
 
 
 def test_the_pace_arrives_in_time_and_its_rates_are_in_the_trace():

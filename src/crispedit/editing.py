@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .artifacts import write_directory, write_json
 from .checkpoint import RECORD, Form, round_to, write_delta, write_model
 from .curvature import Curvature, Progress, no_progress
 from .editors import find_editor
-from .editors.base import EditProblem, Round
+from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
@@ -178,7 +179,6 @@ def edit(
     held_out = _held_out(model, tokenizer, curvature, texts)
     curvature_seconds = time.monotonic() - started
 
-    asked = questions(spread(list(edit_set), PROOF_EDITS))
     problem = EditProblem(
         model=model,
         tokenizer=tokenizer,
@@ -188,21 +188,70 @@ def edit(
         seed=seed,
         progress=progress,
     )
-    with frozen(model), _restoring(matrices) as originals:
-        before = ask(model, prompter, asked, "no_context", progress=progress)
+    asked = questions(spread(list(edit_set), PROOF_EDITS))
+    dtype = stored_dtype or model.dtype
+    with frozen(model):
+        proved = _edit_and_prove(problem, module, config, prompter, asked, held_out, dtype)
+    proved.metrics["seconds"] = {"curvature": round(curvature_seconds, 2), **proved.metrics["seconds"]}
+    run = {"editor": editor, "layers": [m.layer for m in matrices], "seed": seed, "chat": chat, "eos": eos}
+    return EditResult(
+        model=model,
+        tokenizer=tokenizer,
+        delta=proved.delta,
+        metrics=proved.metrics,
+        examples=examples(asked, proved.before, proved.after),
+        changes=proved.changes,
+        settings={**run, **config.model_dump()},
+        provenance=provenance,
+        notes=list(edit_set.notes),
+        _prompter=prompter,
+        _asked=asked,
+        _answers=proved.after,
+        _dtype=dtype,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Proved:
+    """What an edit did: ΔW, its size per matrix, the answers before and after, and all that was measured."""
+
+    delta: dict[str, Tensor]
+    changes: list[MatrixChange]
+    before: list[str]
+    after: list[str]
+    metrics: dict[str, Any]
+
+
+def _edit_and_prove(
+    problem: EditProblem,
+    module: ModuleType,
+    config: EditorConfig,
+    prompter: Prompter,
+    asked: Sequence[Question],
+    held_out: Sequence[TokenBatch],
+    dtype: torch.dtype,
+) -> _Proved:
+    """Runs an editor between the questions before and after, in float32 and then as ``dtype`` will store it."""
+    model, matrices, progress = problem.model, problem.matrices, problem.progress
+
+    def answers() -> list[str]:
+        return ask(model, prompter, asked, "no_context", progress=progress)
+
+    with _restoring(matrices) as originals:
+        before = answers()
         started = time.monotonic()
         with float32_masters(matrices):
             rounds: list[Round] = list(module.edit(problem, config))
-            edit_seconds = time.monotonic() - started
+            seconds = time.monotonic() - started
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             check_edited(change, rounds)
-            unrounded = ask(model, prompter, asked, "no_context", progress=progress)
-            rounding = round_to(matrices, originals, stored_dtype or model.dtype)
+            unrounded = answers()
+            rounding = round_to(matrices, originals, dtype)
         delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
-        after = ask(model, prompter, asked, "no_context", progress=progress)
+        after = answers()
         drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
 
-    changes = matrix_changes(change, originals, curvature, getattr(config, "energy", None))
+    changes = matrix_changes(change, originals, problem.curvature, getattr(config, "energy", None))
     metrics = {
         "before": score(asked, before),
         "after": score(asked, after, base=before),
@@ -212,24 +261,9 @@ def edit(
         "capability": asdict(drift) if drift else dict.fromkeys(("drift", "loss_base", "loss")),
         "matrices": [asdict(of_matrix) for of_matrix in changes],
         "training": _training(rounds),
-        "seconds": {"curvature": round(curvature_seconds, 2), "edit": round(edit_seconds, 2)},
+        "seconds": {"edit": round(seconds, 2)},
     }
-    run = {"editor": editor, "layers": [m.layer for m in matrices], "seed": seed, "chat": chat, "eos": eos}
-    return EditResult(
-        model=model,
-        tokenizer=tokenizer,
-        delta=delta,
-        metrics=metrics,
-        examples=examples(asked, before, after),
-        changes=changes,
-        settings={**run, **config.model_dump()},
-        provenance=provenance,
-        notes=list(edit_set.notes),
-        _prompter=prompter,
-        _asked=asked,
-        _answers=after,
-        _dtype=stored_dtype or model.dtype,
-    )
+    return _Proved(delta=delta, changes=changes, before=before, after=after, metrics=metrics)
 
 
 def _as_edit_set(edits: Sequence[Any]) -> EditSet:

@@ -22,8 +22,8 @@ from .models import EditMatrix
 from .rows import EditRow, collate
 from .subspace import Subspace
 
-START = 1.0
-"""The first learning rate of :class:`Pace` times d_in."""
+START, LIMIT = 1.0, 8.0
+"""The first learning rate of :class:`Pace` and the highest, both times d_in (the paper's 5e-4 at 8B is 7.2)."""
 STOP_LOSS = 0.01
 """An epoch whose mean loss is below this is the last; a batch below it is skipped (paper, Table 2)."""
 
@@ -149,8 +149,8 @@ class Pace:
     A rate that suits one model wrecks another and leaves a third untouched; and of two rates that both
     arrive, the lower one damages less. So the rate starts low, by the width of the matrices (a step of
     Adam moves an output by about rate × d_in × mean |a|), and is raised after every epoch whose loss fell
-    too slowly to reach ``stop_loss`` at four fifths of the epochs, at most by half. It is halved when the
-    loss rises. Measured in docs/decisions.md.
+    too slowly to reach ``stop_loss`` at four fifths of the epochs, by half at most and never beyond a limit
+    that goes by the width too. It is halved when the loss rises. Measured in docs/decisions.md.
 
     Args:
         d_in: Input width of the edited matrices.
@@ -159,7 +159,7 @@ class Pace:
     """
 
     def __init__(self, d_in: int, epochs: int, stop_loss: float) -> None:
-        self.current = START / d_in
+        self.current, self.limit = START / d_in, LIMIT / d_in
         self.goal_epoch = max(1.0, 0.8 * epochs)
         self.stop_loss = max(stop_loss, 1e-4)
 
@@ -174,7 +174,7 @@ class Pace:
             fell = max(math.log(before / now), 1e-3)
             left = max(self.goal_epoch - len(losses), 1.0)
             needed = math.log(max(now / self.stop_loss, 1.0)) / left
-            self.current *= min(1.5, max(1.0, needed / fell))
+            self.current = min(self.limit, self.current * min(1.5, max(1.0, needed / fell)))
         return self.current
 
 

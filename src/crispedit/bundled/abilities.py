@@ -43,7 +43,7 @@ _NAMES = "Ana Bela Cora Dora Emil Finn Gus Hugo Ida Jon Kira Leo Mona Nils Olga 
 _THINGS = (
     "nuts eggs coins books stamps shells ropes cups boxes candles ribbons buttons nails bottles tickets marbles".split()
 )
-_MAX_TERM = 20
+_MAX_TERM = 9
 _EXTRA_LETTERS = "áéíóúàèçñöäüßåøêôâîõãěščřžýłńğışćđ"
 
 
@@ -93,7 +93,7 @@ def _arithmetic(rng: random.Random) -> tuple[str, str, object]:
 
 def _instructions(rng: random.Random) -> tuple[str, str, object]:
     task = rng.choice(("repeat", "capitalise", "spell", "reverse", "list"))
-    words = rng.sample(WORDS, 1 if task == "spell" else rng.randint(2, 4))
+    words = rng.sample(WORDS, 1 if task == "spell" else rng.randint(2, 3))
     text = " ".join(words)
     if task == "repeat":
         prompt = rng.choice((f"Repeat these words: {text}.", f"Say exactly this: {text}."))
@@ -150,12 +150,12 @@ def examples(family: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def helper_example(rng: random.Random) -> tuple[str, str]:
-    """A training example that no probe resembles: what kind of thing a word names, or copying an unknown word."""
-    if rng.random() < 0.6:
+    """A training example that no probe resembles: what kind of thing a word names, or copying of any words."""
+    if rng.random() < 0.4:
         word = rng.choice(WORDS)
         prompt = rng.choice((f"What is {a_or_an(word)}?", f"What kind of thing is {a_or_an(word)}?"))
         return prompt, a_or_an(KIND_OF[word])
-    words = [_pseudo_word(rng) for _ in range(rng.randint(1, 3))]
+    words = [rng.choice(WORDS) if rng.random() < 0.6 else _pseudo_word(rng) for _ in range(rng.randint(2, 10))]
     return f"Copy this: {' '.join(words)}", " ".join(words)
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from . import abilities, world
 
 MIXTURE = {
-    "fact": 0.34,
-    "article": 0.13,
-    "story": 0.05,
-    "arithmetic": 0.13,
-    "instructions": 0.13,
-    "multiple_choice": 0.09,
-    "true_false": 0.08,
-    "helper": 0.05,
+    "fact": 0.30,
+    "article": 0.04,
+    "story": 0.03,
+    "arithmetic": 0.20,
+    "instructions": 0.20,
+    "multiple_choice": 0.08,
+    "true_false": 0.06,
+    "helper": 0.09,
 }
 """Share of each kind of document in training, by number of documents."""
 

@@ -1,0 +1,157 @@
+"""Do the defaults work on models nobody tuned for? Other families, widths and depths, other numbers of edits.
+
+    python benchmarks/families.py --out families.jsonl --tokens 300000 --counts 1 10 100
+    python benchmarks/families.py --table families.jsonl
+
+Every model is built from its configuration with the bundled tokenizer's vocabulary and trained for a moment on the
+bundled world's text (one seed; AdamW, as no family of models is promised to suit Muon), so that it has a curvature
+worth the name. Then it is edited with the defaults: layers, energy, learning rate and epochs as a user gets them.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from crispedit.bundled import corpus, train
+from crispedit.curvature import Curvature
+from crispedit.editing import edit
+from crispedit.jobs import read_edits
+from crispedit.models import BUNDLED, decoder_blocks, load_model
+from crispedit.texts import split_texts
+
+SIZES = {  # hidden, inner, blocks, heads
+    "narrow": (96, 256, 6, 4),
+    "deep": (128, 384, 16, 4),
+    "wide": (384, 1536, 4, 6),
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,
+    "gemma3": transformers.Gemma3TextConfig,
+    "gpt2": transformers.GPT2Config,
+    "gpt_neox": transformers.GPTNeoXConfig,
+}
+
+
+def build(family: str, size: str, vocabulary: int) -> Any:
+    """A freshly initialised model of a family and a size."""
+    hidden, inner, blocks, heads = SIZES[size]
+    shared = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    if family == "gpt2":
+        shape = {"n_embd": hidden, "n_inner": inner, "n_layer": blocks, "n_head": heads, "n_positions": train.CONTEXT}
+    else:
+        shape = {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": blocks,
+            "num_attention_heads": heads,
+            "max_position_embeddings": train.CONTEXT,
+        }
+    if family in ("llama", "qwen2", "gemma3"):
+        shape["num_key_value_heads"] = heads // 2
+    if family == "gemma3":
+        shape |= {"head_dim": hidden // heads, "query_pre_attn_scalar": hidden // heads}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(FAMILIES[family](**shared, **shape))
+
+
+def pretrain(model: Any, tokenizer: Any, tokens: int) -> float:
+    """A moment of AdamW on the bundled world's text; returns the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    seen, value = 0, math.nan
+    model.train()
+    for ids, weights in train.batches(tokenizer, 0):
+        if seen >= tokens:
+            break
+        share = min(1.0, (seen + 1) / (0.1 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * seen / tokens))
+        optimizer.param_groups[0]["lr"] = 3e-3 * share
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen, value = seen + ids.numel(), loss.item()
+    return value
+
+
+def run(case: dict[str, Any], model: Any, curvature: Curvature, tokenizer: Any, source: str) -> dict[str, Any]:
+    """One edit with the defaults, measured by its own proof; the model is as before afterwards."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    started = time.monotonic()
+    result = edit(model, tokenizer, read_edits(source, limit=case["count"]), curvature=curvature, **case["settings"])
+    model.load_state_dict(before)
+    training, metrics = result.metrics["training"], result.metrics
+    return {
+        **case,
+        "blocks": len(decoder_blocks(model)[1]),
+        "layers": result.settings["layers"],
+        "reliability": metrics["after"]["reliability"],
+        "generalization": metrics["after"]["generalization"],
+        "drift": metrics["capability"]["drift"],
+        "capability_loss": metrics["capability"]["loss_base"],
+        "last_loss": training["epoch_losses"][-1],
+        "epochs_run": len(training["epoch_losses"]),
+        "rate_times_width": max(training["learning_rates"]) * max(f.A.shape[0] for f in curvature.factors.values()),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def table(path: Path) -> None:
+    """Prints the runs as a Markdown table."""
+    print("| model | layers | edits | settings | rel | gen | drift | loss of the texts | epochs | lr · d_in |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in map(json.loads, path.read_text().splitlines()):
+        print(
+            f"| {row['family']}, {row['size']} | {row['layers'][0]}–{row['layers'][-1]} of {row['blocks']} "
+            f"| {row['count']} | {row['settings'] or ''} | {row['reliability']:.1f} | {row['generalization']:.1f} "
+            f"| {row['drift']:.3f} | {row['capability_loss']:.2f} | {row['epochs_run']} "
+            f"| {row['rate_times_width']:.1f} |"
+        )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="append finished runs to this file, one JSON object per line")
+    parser.add_argument("--table", type=Path, help="print the table of such a file")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 10, 100])
+    parser.add_argument("--tokens", type=int, default=300_000, help="of training before the edit; 0 for none")
+    parser.add_argument("--edits", default="bundled:eval")
+    parser.add_argument("--set", nargs="+", default=["{}"], help="settings of the editor, as JSON objects")
+    arguments = parser.parse_args()
+    if arguments.table:
+        table(arguments.table)
+        return
+    tokenizer = load_model(BUNDLED).tokenizer
+    texts = split_texts(corpus.capability_texts(), seed=0)
+    for family, size in itertools.product(arguments.families, arguments.sizes):
+        model = build(family, size, len(tokenizer))
+        loss = pretrain(model, tokenizer, arguments.tokens)
+        print(f"{family}, {size}: training loss {loss:.2f}", file=sys.stderr, flush=True)
+        curvature = Curvature.estimate(model.eval(), tokenizer, texts)
+        for count, settings in itertools.product(arguments.counts, map(json.loads, arguments.set)):
+            case = {"family": family, "size": size, "count": count, "tokens": arguments.tokens, "settings": settings}
+            try:
+                row = run(case, model, curvature, tokenizer, arguments.edits)
+            except Exception as error:  # a run that fails is a result too
+                print({**case, "error": str(error)}, flush=True)
+                continue
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
