@@ -182,9 +182,9 @@ def test_a_tensor_of_another_dtype_is_saved_as_it_is(tmp_path):
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 def test_the_default_layers_are_those_measured_and_always_in_the_model():
-    """The paper's at 32 blocks; at 8 the best of docs/decisions.md."""
+    """The paper's at 32 blocks; at 8 those of docs/decisions.md."""
     assert default_layers(32) == (19, 20, 21, 22, 23)
-    assert default_layers(8) == (3, 4, 5, 6, 7)
+    assert default_layers(8) == (1, 2, 3, 4, 5)
     for count in range(1, 101):
         layers = default_layers(count)
         assert 1 <= len(layers) <= 5

@@ -3,7 +3,7 @@
     import crispedit as ce
     edits     = ce.load_edits("zsre_3k.json")
     curvature = ce.Curvature.estimate(model, tokenizer, texts, layers=range(19, 24))
-    result    = ce.edit(model, tokenizer, edits, curvature=curvature, energy=0.8)
+    result    = ce.edit(model, tokenizer, edits, curvature=curvature, energy=0.9)
     result.metrics, result.delta, result.save("edited/")
 
 An independent implementation of CrispEdit (arXiv 2602.15823).

@@ -137,7 +137,7 @@ def edit(
     texts: Texts = None,
     samples: Samples = None,
     layers: Layers = None,
-    energy: Annotated[float, typer.Option(help="γ in [0, 1); 0 is plain fine-tuning.")] = 0.8,
+    energy: Annotated[float, typer.Option(help="γ in [0, 1); 0 is plain fine-tuning.")] = 0.9,
     lr: Annotated[str, typer.Option(help="Adam's learning rate, or auto.")] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the edits, at most.")] = 25,
     batch_size: Annotated[int, typer.Option(help="Edits per step.")] = 32,

@@ -14,7 +14,7 @@ from .jobs import EditJob, capability_texts, read_edits
 from .models import BUNDLED, load_model
 
 EDITS = "bundled:demo"
-SETTINGS: dict[str, dict[str, Any]] = {"ft": {"energy": 0.0}, "crispedit": {"energy": 0.8}}
+SETTINGS: dict[str, dict[str, Any]] = {"ft": {"energy": 0.0}, "crispedit": {"energy": 0.9}}
 """The two methods: the same loop, the same search for a learning rate; see docs/decisions.md."""
 
 

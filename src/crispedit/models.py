@@ -266,10 +266,9 @@ def _refuse_shared(model: Any, matrices: Sequence[EditMatrix]) -> None:
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """The blocks that are edited unless the user names others: five, ending near two thirds of the depth.
+    """The blocks that are edited unless the user names others: five, the last at three quarters of the depth.
 
-    The last is block (2L + 5) / 3, rounded down: the line through the paper's 19–23 of 32 blocks (section 4)
-    and 3–7 of the bundled model's 8, the best there (``docs/decisions.md``).
+    It gives the paper's 19–23 for 32 blocks, and 1–5 for the bundled model's 8 (``docs/decisions.md``).
 
     Args:
         num_layers: L, the number of decoder blocks.
@@ -277,7 +276,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     Returns:
         Ascending indices, never empty.
     """
-    last = min(num_layers - 1, (2 * num_layers + 5) // 3)
+    last = max(0, -(-3 * num_layers // 4) - 1)
     return tuple(range(max(0, last - 4), last + 1))
 
 

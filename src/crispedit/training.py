@@ -22,8 +22,10 @@ from .models import EditMatrix
 from .rows import EditRow, collate
 from .subspace import Subspace
 
-START, LIMIT = 1.0, 8.0
+START, LIMIT = 2.0, 16.0
 """The first learning rate of :class:`Pace` and the highest, both times d_in (the paper's 5e-4 at 8B is 7.2)."""
+STEPS_PER_EPOCH = 8
+"""An epoch has at least so many steps, where the rows suffice: a few edits in one batch would get 25 steps in all."""
 STOP_LOSS = 0.01
 """An epoch whose mean loss is below this is the last; a batch below it is skipped (paper, Table 2)."""
 
@@ -202,7 +204,7 @@ def fine_tune(
         rows: The edits' rows.
         lr: Adam's learning rate, or the rule that finds it.
         epochs: Passes over the rows, at most.
-        batch_size: Rows per step.
+        batch_size: Rows per step, at most; fewer where an epoch would have less than :data:`STEPS_PER_EPOCH` steps.
         seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
         progress: Called after every step with steps done and the steps of all epochs.
@@ -219,6 +221,7 @@ def fine_tune(
     optimizer = torch.optim.Adam([rule.parameter for rule in rules], lr=0.0)
     rng = random.Random(seed)
     trace = Trace()
+    batch_size = min(batch_size, max(1, len(rows) // STEPS_PER_EPOCH))
     steps_per_epoch = -(-len(rows) // batch_size)
     for epoch in range(epochs):
         rate = lr.rate(trace.epoch_losses) if isinstance(lr, Pace) else lr

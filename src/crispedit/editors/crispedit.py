@@ -27,7 +27,7 @@ class Config(EditorConfig):
         stop_loss: The mean loss of an epoch that ends the edit.
     """
 
-    energy: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     epochs: Annotated[int, Field(ge=1)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 32
