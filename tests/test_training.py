@@ -14,7 +14,18 @@ from crispedit.models import edit_matrices, frozen
 from crispedit.rows import EditRow
 from crispedit.subspace import Spectrum, Subspace
 from crispedit.texts import pad
-from crispedit.training import LIMIT, START, Coordinates, Pace, Unconstrained, edit_loss, fine_tune, float32_masters
+from crispedit.training import (
+    LIMIT,
+    START,
+    STEPS_PER_EPOCH,
+    Coordinates,
+    Pace,
+    Unconstrained,
+    edit_loss,
+    fine_tune,
+    float32_masters,
+    rows_per_step,
+)
 from reference import project_by_equation_6, random_rows, relative, tiny_gpt2, tiny_llama
 
 TOKENIZER = SimpleNamespace(pad_token_id=None, eos_token_id=2)
@@ -223,6 +234,12 @@ PACES = {
 def test_the_pace_is_raised_when_too_slow_and_halved_when_the_loss_rises(case):
     losses, factor = PACES[case]
     assert Pace(100, epochs=10, stop_loss=0.01).rate(losses) == pytest.approx(START / 100 * factor)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (7, 1), (8, 1), (16, 2), (255, 31), (256, 32), (3000, 32)])
+def test_few_edits_get_small_batches(rows, size):
+    assert rows_per_step(rows, 32) == size
+    assert size == 1 or -(-rows // size) >= STEPS_PER_EPOCH
 
 
 def test_the_pace_has_a_limit_and_comes_down_from_it():

@@ -140,7 +140,7 @@ def edit(
     energy: Annotated[float, typer.Option(help="γ in [0, 1); 0 is plain fine-tuning.")] = 0.9,
     lr: Annotated[str, typer.Option(help="Adam's learning rate, or auto.")] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the edits, at most.")] = 25,
-    batch_size: Annotated[int, typer.Option(help="Edits per step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Edits per step, at most.")] = 32,
     limit: Limit = None,
     seed: Seed = 0,
     save: Annotated[str, typer.Option(help="model (a whole directory) or delta (only what changed).")] = "model",

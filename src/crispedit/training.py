@@ -25,7 +25,7 @@ from .subspace import Subspace
 START, LIMIT = 2.0, 16.0
 """The first learning rate of :class:`Pace` and the highest, both times d_in (the paper's 5e-4 at 8B is 7.2)."""
 STEPS_PER_EPOCH = 8
-"""An epoch has at least so many steps, where the rows suffice: a few edits in one batch would get 25 steps in all."""
+"""An epoch has at least so many steps where the rows suffice (:func:`rows_per_step`)."""
 STOP_LOSS = 0.01
 """An epoch whose mean loss is below this is the last; a batch below it is skipped (paper, Table 2)."""
 
@@ -180,6 +180,19 @@ class Pace:
         return self.current
 
 
+def rows_per_step(num_rows: int, at_most: int) -> int:
+    """The batch size for a number of edits: ten in one batch would get no more than 25 steps in 25 epochs.
+
+    Args:
+        num_rows: Edits in all.
+        at_most: The batch size for many edits.
+
+    Returns:
+        At least 1.
+    """
+    return min(at_most, max(1, num_rows // STEPS_PER_EPOCH))
+
+
 def fine_tune(
     model: Any,
     tokenizer: Any,
@@ -204,7 +217,7 @@ def fine_tune(
         rows: The edits' rows.
         lr: Adam's learning rate, or the rule that finds it.
         epochs: Passes over the rows, at most.
-        batch_size: Rows per step, at most; fewer where an epoch would have less than :data:`STEPS_PER_EPOCH` steps.
+        batch_size: Rows per step.
         seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
         progress: Called after every step with steps done and the steps of all epochs.
@@ -221,7 +234,6 @@ def fine_tune(
     optimizer = torch.optim.Adam([rule.parameter for rule in rules], lr=0.0)
     rng = random.Random(seed)
     trace = Trace()
-    batch_size = min(batch_size, max(1, len(rows) // STEPS_PER_EPOCH))
     steps_per_epoch = -(-len(rows) // batch_size)
     for epoch in range(epochs):
         rate = lr.rate(trace.epoch_losses) if isinstance(lr, Pace) else lr

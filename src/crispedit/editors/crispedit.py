@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..errors import ConfigError
 from ..subspace import Subspace
-from ..training import STOP_LOSS, Coordinates, Pace, Unconstrained, UpdateRule, fine_tune
+from ..training import STOP_LOSS, Coordinates, Pace, Unconstrained, UpdateRule, fine_tune, rows_per_step
 from .base import EditorConfig, EditProblem, Round
 
 
@@ -23,7 +23,7 @@ class Config(EditorConfig):
         energy: γ, the share of the curvature that the excluded directions hold; 0 is plain fine-tuning.
         lr: Adam's learning rate, or ``auto``.
         epochs: Passes over the edits, at most.
-        batch_size: Edits per step.
+        batch_size: Edits per step, at most; a few edits are divided into at least eight steps.
         stop_loss: The mean loss of an epoch that ends the edit.
     """
 
@@ -66,7 +66,7 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         if config.lr == "auto"
         else config.lr,
         epochs=config.epochs,
-        batch_size=config.batch_size,
+        batch_size=rows_per_step(len(problem.rows), config.batch_size),
         seed=problem.seed,
         stop_loss=config.stop_loss,
         progress=problem.progress,
