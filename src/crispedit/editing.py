@@ -27,7 +27,17 @@ from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
-from .proof import PROOF_EDITS, Example, MatrixChange, check_edited, drift_from, examples, matrix_changes, spread
+from .proof import (
+    PROOF_EDITS,
+    Example,
+    MatrixChange,
+    check_edited,
+    drift_from,
+    examples,
+    matrix_changes,
+    mean_loss,
+    spread,
+)
 from .rows import Chat, Prompter
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 from .training import float32_masters
@@ -188,7 +198,7 @@ def edit(
         seed=seed,
         progress=progress,
     )
-    asked = questions(spread(list(edit_set), PROOF_EDITS))
+    asked = questions(spread(tuple(edit_set), PROOF_EDITS))
     dtype = stored_dtype or model.dtype
     with frozen(model):
         proved = _edit_and_prove(problem, module, config, prompter, asked, held_out, dtype)
@@ -237,14 +247,20 @@ def _edit_and_prove(
     def answers() -> list[str]:
         return ask(model, prompter, asked, "no_context", progress=progress)
 
+    shown = spread(problem.rows, PROOF_EDITS)
+
+    def loss() -> float:
+        return mean_loss(model, shown, problem.tokenizer)
+
     with _restoring(matrices) as originals:
         before = answers()
-        started = time.monotonic()
         with float32_masters(matrices):
+            loss_before = loss()
+            started = time.monotonic()
             rounds: list[Round] = list(module.edit(problem, config))
             seconds = time.monotonic() - started
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
-            check_edited(change, rounds)
+            check_edited(change, loss_before, loss())
             unrounded = answers()
             rounding = round_to(matrices, originals, dtype)
         delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}

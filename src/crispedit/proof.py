@@ -5,22 +5,22 @@ An edit that did nothing, or went wrong, is an error with a diagnosis, and not a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .capability import Drift, Logits, logits_of, measure_drift
 from .curvature import Curvature, Progress
-from .editors.base import Round
-from .edits import Edit
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
+from .rows import EditRow
 from .subspace import Subspace
 from .texts import TokenBatch
-from .training import STOP_LOSS
+from .training import STOP_LOSS, edit_loss
 from .wild import Question
 
+Item = TypeVar("Item")
 PROOF_EDITS = 64
 """Before and after are shown on at most so many edits, evenly spread over the edit set."""
 
@@ -52,32 +52,48 @@ class Example:
     after: str
 
 
-def spread(edits: list[Edit], count: int) -> list[Edit]:
-    """At most ``count`` edits, evenly spread over all."""
-    if len(edits) <= count:
-        return edits
-    return [edits[index * len(edits) // count] for index in range(count)]
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most ``count`` items, evenly spread over all."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
-def check_edited(delta: dict[str, Tensor], rounds: Sequence[Round]) -> None:
-    """Refuses an edit that did nothing or went wrong, with a diagnosis."""
+@torch.no_grad()
+def mean_loss(model: Any, rows: Sequence[EditRow], tokenizer: Any, batch_size: int = 8) -> float:
+    """Mean cross-entropy over the target tokens of rows, nats per token: the edit loss, before or after."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        count = sum(len(row.ids) - row.prompt_length for row in batch)
+        total += edit_loss(model, batch, tokenizer).item() * count
+        tokens += count
+    return total / tokens
+
+
+def check_edited(delta: dict[str, Tensor], before: float, after: float) -> None:
+    """Refuses an edit that did nothing or went wrong, with a diagnosis.
+
+    Args:
+        delta: ΔW by parameter name.
+        before: :func:`mean_loss` of the proof's edits with the original weights.
+        after: The same with the edited weights.
+
+    Raises:
+        NumericsError: A number is not finite.
+        EditFailed: Nothing changed, or the loss did not fall.
+    """
     for name, change in delta.items():
         if not torch.isfinite(change).all():
             raise NumericsError(f"the edited {name} has numbers that are not finite; lower --lr")
-    losses = [loss for r in rounds for loss in r.trace.epoch_losses]
     if all(float(change.norm()) == 0 for change in delta.values()):
-        if losses and losses[0] < STOP_LOSS:
-            raise EditFailed(
-                f"nothing changed: the model already says all of this (loss {losses[0]:.4f} before any step)"
-            )
+        if before < STOP_LOSS:
+            raise EditFailed(f"nothing changed: the model already says all of this (loss {before:.4f} before any step)")
         raise EditFailed("nothing changed: no direction is left to edit in; lower --energy or name more --layers")
-    for r in rounds:
-        first, last = r.trace.epoch_losses[0], r.trace.epoch_losses[-1]
-        if len(r.trace.epoch_losses) > 1 and not last < first:
-            raise EditFailed(
-                f"the edit loss did not fall ({first:.3f} in the first epoch, {last:.3f} in the last); "
-                "lower --lr if it jumps, raise --lr or --epochs if it hardly moves"
-            )
+    if not after < before:
+        raise EditFailed(
+            f"the edit loss did not fall ({before:.3f} before, {after:.3f} after); "
+            "lower --lr if the edit wrecked the model, raise --lr or --epochs if it hardly moved"
+        )
 
 
 def drift_from(
