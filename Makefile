@@ -37,7 +37,7 @@ format: $(VENV)/.tested ## rewrite files as ruff wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-model: install ## train the bundled model anew (about 45 minutes on two cores)
+model: install ## train the bundled model anew (about 40 minutes on two cores)
 	$(BIN)/python -m crispedit.bundled.train --out src/crispedit/bundled/model
 
 clean:

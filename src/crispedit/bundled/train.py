@@ -68,7 +68,7 @@ def row_text(prompt: str, answer: str) -> str:
 
 
 def build_model(vocabulary: int, seed: int, smoke: bool = False) -> LlamaForCausalLM:
-    """A freshly initialised Llama of 6.7 million parameters (with ``smoke``, a tiny one)."""
+    """A freshly initialised Llama of 5.8 million parameters (with ``smoke``, a tiny one)."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
