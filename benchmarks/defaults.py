@@ -1,6 +1,6 @@
-"""The grid behind the defaults: layers, learning rates, update rules and energies on the bundled model.
+"""The grid behind the defaults: layers, learning rates and energies on the bundled model.
 
-    python benchmarks/defaults.py --out runs.jsonl --energies 0 0.8 --lrs auto 1e-3 3e-3 --layers 1-5 3-7
+    python benchmarks/defaults.py --out runs.jsonl --energies 0 0.9 --lrs auto 1e-3 3e-3 --layers 1-5 3-7
     python benchmarks/defaults.py --table runs.jsonl
 
 Every run edits a fresh copy of the bundled model with the same edits (by default 200 of the `eval` split: the
@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(case: dict[str, Any], edits: EditSet, curvatures: dict[Any, Curvature]) 
     texts = capability_texts("bundled", None, None, 0)
     assert texts is not None
     if case["texts"] == "probe-like":
-        texts = split_texts([*texts.fit, *texts.held_out, *probe_like_texts(400)], seed=0)
+        texts = replace(texts, fit=(*texts.fit, *probe_like_texts(400)))
     key = (layers, case["fisher"], case["texts"], case["seed"])
     if case["energy"] and key not in curvatures:
         curvatures[key] = Curvature.estimate(
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--edits", default="bundled:eval")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--layers", nargs="+", default=[""])
-    parser.add_argument("--energies", nargs="+", type=float, default=[0.0, 0.8])
+    parser.add_argument("--energies", nargs="+", type=float, default=[0.0, 0.9])
     parser.add_argument("--lrs", nargs="+", default=["auto"])
     parser.add_argument("--epochs", nargs="+", type=int, default=[None])
     parser.add_argument("--fisher", nargs="+", default=["mc"])

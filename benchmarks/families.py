@@ -1,17 +1,16 @@
 """Do the defaults work on models nobody tuned for? Other families, widths and depths, other numbers of edits.
 
-    python benchmarks/families.py --out families.jsonl --tokens 300000 --counts 1 10 100
+    python benchmarks/families.py --out families.jsonl --counts 1 10 100
     python benchmarks/families.py --table families.jsonl
 
-Every model is built from its configuration with the bundled tokenizer's vocabulary and trained for a moment on the
-bundled world's text (one seed; AdamW, as no family of models is promised to suit Muon), so that it has a curvature
-worth the name. Then it is edited with the defaults: layers, energy, learning rate and epochs as a user gets them.
+Every model is built from its configuration with the bundled tokenizer's vocabulary and trained on the bundled world's
+text for some minutes, so that it has a curvature worth the name and looks at whom it is asked about. Then it is edited
+with the defaults: layers, energy, learning rate and epochs as a user gets them.
 """
 
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -47,6 +46,7 @@ def build(family: str, size: str, vocabulary: int) -> Any:
     shared = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
     if family == "gpt2":
         shape = {"n_embd": hidden, "n_inner": inner, "n_layer": blocks, "n_head": heads, "n_positions": train.CONTEXT}
+        shape |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     else:
         shape = {
             "hidden_size": hidden,
@@ -61,27 +61,6 @@ def build(family: str, size: str, vocabulary: int) -> Any:
         shape |= {"head_dim": hidden // heads, "query_pre_attn_scalar": hidden // heads}
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(FAMILIES[family](**shared, **shape))
-
-
-def pretrain(model: Any, tokenizer: Any, tokens: int) -> float:
-    """A moment of AdamW on the bundled world's text; returns the last loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    seen, value = 0, math.nan
-    model.train()
-    for ids, weights in train.batches(tokenizer, 0):
-        if seen >= tokens:
-            break
-        share = min(1.0, (seen + 1) / (0.1 * tokens)) * (0.5 + 0.5 * math.cos(math.pi * seen / tokens))
-        optimizer.param_groups[0]["lr"] = 3e-3 * share
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen, value = seen + ids.numel(), loss.item()
-    return value
 
 
 def run(case: dict[str, Any], model: Any, curvature: Curvature, tokenizer: Any, source: str) -> dict[str, Any]:
@@ -127,7 +106,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 10, 100])
-    parser.add_argument("--tokens", type=int, default=300_000, help="of training before the edit; 0 for none")
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="of training before the edit; 0 for none")
     parser.add_argument("--edits", default="bundled:eval")
     parser.add_argument("--set", nargs="+", default=["{}"], help="settings of the editor, as JSON objects")
     arguments = parser.parse_args()
@@ -138,8 +117,8 @@ def main() -> None:
     texts = split_texts(corpus.capability_texts(), seed=0)
     for family, size in itertools.product(arguments.families, arguments.sizes):
         model = build(family, size, len(tokenizer))
-        loss = pretrain(model, tokenizer, arguments.tokens)
-        print(f"{family}, {size}: training loss {loss:.2f}", file=sys.stderr, flush=True)
+        print(f"{family}, {size}", file=sys.stderr, flush=True)
+        train.train(model, tokenizer, 0, arguments.tokens)
         curvature = Curvature.estimate(model.eval(), tokenizer, texts)
         for count, settings in itertools.product(arguments.counts, map(json.loads, arguments.set)):
             case = {"family": family, "size": size, "count": count, "tokens": arguments.tokens, "settings": settings}

@@ -61,7 +61,7 @@ class Unconstrained:
 class Coordinates:
     """W = W₀ + U_G (M ⊙ Z) U_Aᵀ, Adam on Z: inside the subspace by construction.
 
-    Adam's moments live in the Kronecker eigenbasis, which by itself lowers drift (docs/decisions.md).
+    Adam's moments live in the Kronecker eigenbasis.
     """
 
     def __init__(self, subspace: Subspace) -> None:
@@ -146,13 +146,13 @@ class Trace:
 
 
 class Pace:
-    """Finds the learning rate while it trains: the lowest that reaches the stop loss in time.
+    """Raises the learning rate, from a low start, only as far as is needed to reach the stop loss in time.
 
     A rate that suits one model wrecks another and leaves a third untouched; and of two rates that both
     arrive, the lower one damages less. So the rate starts low, by the width of the matrices (a step of
     Adam moves an output by about rate × d_in × mean |a|), and is raised after every epoch whose loss fell
     too slowly to reach ``stop_loss`` at four fifths of the epochs, by half at most and never beyond a limit
-    that goes by the width too. It is halved when the loss rises. Measured in docs/decisions.md.
+    that goes by the width too. It is halved when the loss rises by more than 5 %. Measured in docs/decisions.md.
 
     Args:
         d_in: Input width of the edited matrices.

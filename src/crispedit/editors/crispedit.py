@@ -23,7 +23,7 @@ class Config(EditorConfig):
         energy: γ, the share of the curvature that the excluded directions hold; 0 is plain fine-tuning.
         lr: Adam's learning rate, or ``auto``.
         epochs: Passes over the edits, at most.
-        batch_size: Edits per step, at most; a few edits are divided into at least eight steps.
+        batch_size: Edits per step, at most, and never more than an eighth of the edits.
         stop_loss: The mean loss of an epoch that ends the edit.
     """
 
