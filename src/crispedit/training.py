@@ -146,36 +146,34 @@ class Trace:
 
 
 class Pace:
-    """Raises the learning rate, from a low start, only as far as is needed to reach the stop loss in time.
+    """Raises the learning rate, from a low start, only as far as the first part of an edit needs.
 
     A rate that suits one model wrecks another and leaves a third untouched; and of two rates that both
     arrive, the lower one damages less. So the rate starts low, by the width of the matrices (a step of
-    Adam moves an output by about rate × d_in × mean |a|), and is raised after every epoch whose loss fell
-    too slowly to reach ``stop_loss`` at four fifths of the epochs, by half at most and never beyond a limit
-    that goes by the width too. It is halved when the loss rises by more than 5 %. Measured in docs/decisions.md.
+    Adam moves an output by about rate × d_in × mean |a|), and is raised after an epoch whose loss fell
+    too slowly to reach a tenth of the first epoch's at two fifths of the epochs, by half at most and never
+    beyond a limit that goes by the width too. Later it is not raised: a loss that levels off is no sign
+    of slowness. It is halved whenever the loss rises by more than 5 %. Measured in docs/decisions.md.
 
     Args:
         d_in: Input width of the edited matrices.
         epochs: Passes over the rows, at most.
-        stop_loss: Where the loss is to arrive.
     """
 
-    def __init__(self, d_in: int, epochs: int, stop_loss: float) -> None:
+    def __init__(self, d_in: int, epochs: int) -> None:
         self.current, self.limit = START / d_in, LIMIT / d_in
-        self.goal_epoch = max(1.0, 0.8 * epochs)
-        self.stop_loss = max(stop_loss, 1e-4)
+        self.goal_epoch = 0.4 * epochs
 
     def rate(self, losses: Sequence[float]) -> float:
         """The learning rate of the next epoch, from the mean losses of those before."""
         if len(losses) < 2:
             return self.current
-        before, now = (max(loss, 1e-9) for loss in losses[-2:])  # a loss may be exactly 0
+        first, before, now = (max(loss, 1e-9) for loss in (losses[0], *losses[-2:]))  # a loss may be exactly 0
         if now > 1.05 * before:
             self.current /= 2
-        else:
+        elif len(losses) < self.goal_epoch:
             fell = max(math.log(before / now), 1e-3)
-            left = max(self.goal_epoch - len(losses), 1.0)
-            needed = math.log(max(now / self.stop_loss, 1.0)) / left
+            needed = math.log(max(10 * now / first, 1.0)) / max(self.goal_epoch - len(losses), 1.0)
             self.current = min(self.limit, self.current * min(1.5, max(1.0, needed / fell)))
         return self.current
 

@@ -62,9 +62,7 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         problem.matrices,
         rules,
         problem.rows,
-        lr=Pace(max(m.shape[1] for m in problem.matrices), config.epochs, config.stop_loss)
-        if config.lr == "auto"
-        else config.lr,
+        lr=Pace(max(m.shape[1] for m in problem.matrices), config.epochs) if config.lr == "auto" else config.lr,
         epochs=config.epochs,
         batch_size=rows_per_step(len(problem.rows), config.batch_size),
         seed=problem.seed,
