@@ -8,13 +8,15 @@ demo's are not looked at while defaults are chosen), asks everything without con
 held-out capability texts and the five abilities. A finished run is appended to the file and not repeated.
 """
 
-import argparse
 import itertools
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import runs
 
 from crispedit.bundled import abilities, corpus
 from crispedit.capability import bundled_tasks
@@ -88,8 +90,7 @@ def table(path: Path) -> None:
     """Prints the runs as a Markdown table, means over seeds."""
     names = ("layers", "energy", "lr", "epochs", "fisher", "texts", "settings")
     groups: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in runs.read(path):
         groups.setdefault(json.dumps([row.get(name) for name in names]), []).append(row)
     print("| layers | γ | lr | epochs | other | rel | gen | loc | drift | abilities | ran | seeds |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
@@ -111,10 +112,7 @@ def table(path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append finished runs to this file, one JSON object per line")
-    parser.add_argument("--table", type=Path, help="print the table of such a file")
-    parser.add_argument("--edits", default="bundled:eval")
+    parser = runs.options(__doc__)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--layers", nargs="+", default=[""])
     parser.add_argument("--energies", nargs="+", type=float, default=[0.0, 0.9])
@@ -122,14 +120,13 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[None])
     parser.add_argument("--fisher", nargs="+", default=["mc"])
     parser.add_argument("--texts", nargs="+", default=["bundled"], help="bundled or probe-like")
-    parser.add_argument("--set", nargs="+", default=["{}"], help="further settings of the editor, as JSON objects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args()
     if arguments.table:
         table(arguments.table)
         return
     edits = read_edits(arguments.edits, limit=arguments.limit)
-    done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    done = runs.read(arguments.out) if arguments.out.exists() else []
     curvatures: dict[Any, Curvature] = {}
     names = ("layers", "energy", "lr", "epochs", "fisher", "texts", "settings", "seed")
     grid = itertools.product(
@@ -146,13 +143,9 @@ def main() -> None:
         case = dict(zip(names, values, strict=True))
         if any(all(row.get(name) == value for name, value in case.items()) for row in done):
             continue
-        try:
-            row = run(case, edits, curvatures)
-        except Exception as error:  # a run that fails is a result too
-            print({**case, "error": str(error)}, flush=True)
+        row = runs.record(arguments.out, case, partial(run, case, edits, curvatures))
+        if row is None:
             continue
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
         shown = ("reliability", "generalization", "locality", "drift", "abilities", "lr_max", "epochs_run", "seconds")
         print(
             {k: v for k, v in case.items() if v not in (None, {}, "")}, {k: round(row[k], 4) for k in shown}, flush=True

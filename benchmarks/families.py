@@ -8,14 +8,15 @@ text for some minutes, so that it has a curvature worth the name and looks at wh
 with the defaults: layers, energy, learning rate and epochs as a user gets them.
 """
 
-import argparse
 import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 import transformers
 
@@ -89,7 +90,7 @@ def table(path: Path) -> None:
     """Prints the runs as a Markdown table."""
     print("| model | layers | edits | settings | rel | gen | drift | loss of the texts | epochs | lr · d_in |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in runs.read(path):
         print(
             f"| {row['family']}, {row['size']} | {row['layers'][0]}–{row['layers'][-1]} of {row['blocks']} "
             f"| {row['count']} | {row['settings'] or ''} | {row['reliability']:.1f} | {row['generalization']:.1f} "
@@ -100,15 +101,11 @@ def table(path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append finished runs to this file, one JSON object per line")
-    parser.add_argument("--table", type=Path, help="print the table of such a file")
+    parser = runs.options(__doc__)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 10, 100])
     parser.add_argument("--tokens", type=int, default=1_500_000, help="of training before the edit; 0 for none")
-    parser.add_argument("--edits", default="bundled:eval")
-    parser.add_argument("--set", nargs="+", default=["{}"], help="settings of the editor, as JSON objects")
     arguments = parser.parse_args()
     if arguments.table:
         table(arguments.table)
@@ -122,14 +119,9 @@ def main() -> None:
         curvature = Curvature.estimate(model.eval(), tokenizer, texts)
         for count, settings in itertools.product(arguments.counts, map(json.loads, arguments.set)):
             case = {"family": family, "size": size, "count": count, "tokens": arguments.tokens, "settings": settings}
-            try:
-                row = run(case, model, curvature, tokenizer, arguments.edits)
-            except Exception as error:  # a run that fails is a result too
-                print({**case, "error": str(error)}, flush=True)
-                continue
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, flush=True)
+            row = runs.record(arguments.out, case, partial(run, case, model, curvature, tokenizer, arguments.edits))
+            if row:
+                print(row, flush=True)
 
 
 if __name__ == "__main__":
