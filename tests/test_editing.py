@@ -10,6 +10,7 @@ from crispedit.checkpoint import load_edited, round_to
 from crispedit.editing import edit
 from crispedit.errors import ArtifactError, EditFailed
 from crispedit.models import edit_matrices, load_model
+from families import tiny_model, tiny_tokenizer
 
 ROWS = [
     {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul", "rephrase": "Who governs the city of Hinstad?"},
@@ -93,6 +94,17 @@ def test_the_original_weights_are_put_back(bundled, error):
     with pytest.raises(error):
         edit(bundled.model, bundled.tokenizer, ROWS, energy=0, progress=progress)
     assert all(torch.equal(tensor, before[name]) for name, tensor in bundled.model.state_dict().items())
+
+
+def test_a_padding_token_beyond_the_embeddings_is_not_used():
+    """transformers gives every tokenizer of a Qwen2 model the padding token <|endoftext|>, whatever its vocabulary."""
+    tokenizer = tiny_tokenizer(pad=False)
+    model = tiny_model("qwen2", vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    rows = [{"prompt": "abc", "target": "de"}, {"prompt": "a", "target": "bcdefg"}]
+    result = edit(model, tokenizer, rows, texts=TEXTS)
+    assert result.metrics["after"]["reliability"] == 100
 
 
 def test_rounding_is_measured(bundled):

@@ -149,10 +149,13 @@ def print_proof(result: EditResult) -> None:
         f"{metrics['answers_changed_by_rounding']} answers changed by it",
         soft_wrap=True,
     )
-    settings, rates = result.settings, metrics["training"]["learning_rates"]
+    settings, training = result.settings, metrics["training"]
+    rates, tried = training["learning_rates"], [trial["learning_rate"] for trial in training["trials"]]
+    rate = f"{rates[0]:.1e}" + (f" falling to {rates[-1]:.1e}" if rates[-1] < rates[0] else "")
+    rate += f" (tried up to {max(tried):.1e})" if len(tried) > 1 else ""
     out.print(
         f"{settings['editor']}: energy {settings.get('energy', '–')}, "
-        f"learning rate {rates[0]:.1e} to {max(rates):.1e}, {len(rates)} epochs, edit {seconds['edit']:.1f} s, "
+        f"learning rate {rate}, {len(rates)} epochs, edit {seconds['edit']:.1f} s, "
         f"curvature {seconds['curvature']:.1f} s",
         soft_wrap=True,
     )

@@ -250,7 +250,7 @@ def _edit_and_prove(
     shown = spread(problem.rows, PROOF_EDITS)
 
     def loss() -> float:
-        return mean_loss(model, shown, problem.tokenizer)
+        return mean_loss(model, shown)
 
     with _restoring(matrices) as originals:
         before = answers()
@@ -324,6 +324,7 @@ def _training(rounds: Sequence[Round]) -> dict[str, Any]:
     return {
         "epoch_losses": [loss for r in rounds for loss in r.trace.epoch_losses],
         "learning_rates": [rate for r in rounds for rate in r.trace.rates],
+        "trials": [asdict(trial) for r in rounds for trial in r.trace.trials],
         "steps": sum(r.trace.steps for r in rounds),
         "stopped_early": rounds[-1].trace.stopped_early,
     }

@@ -12,7 +12,7 @@ from .curvature import Progress, no_progress
 from .errors import EditsError
 from .models import context_length
 from .rows import Prompter
-from .texts import padding_id, token_groups
+from .texts import PADDING, token_groups
 
 MAX_NEW_TOKENS = 40
 """The paper's limit on an answer (appendix E)."""
@@ -81,7 +81,7 @@ def answers(
     Raises:
         EditsError: A prompt fills the model's context.
     """
-    tokenizer, padding = prompter.tokenizer, padding_id(prompter.tokenizer)
+    tokenizer = prompter.tokenizer
     encoded = [prompter.prompt(prompt) for prompt in prompts]
     unique = sorted(set(encoded), key=lambda ids: (len(ids), ids))
     context = context_length(model)
@@ -90,7 +90,7 @@ def answers(
     device = model.get_input_embeddings().weight.device
     settings = GenerationConfig(
         do_sample=False,
-        pad_token_id=padding,
+        pad_token_id=PADDING,
         eos_token_id=list(prompter.end_tokens) or None,
         bos_token_id=tokenizer.bos_token_id,
     )
@@ -98,7 +98,7 @@ def answers(
     for group in token_groups(unique, batch_tokens):
         width = len(group[-1])
         settings.max_new_tokens = min(max_new_tokens, context - width) if context is not None else max_new_tokens
-        ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in group], device=device)
+        ids = torch.tensor([[PADDING] * (width - len(row)) + list(row) for row in group], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in group], device=device)
         with _defaults(model, settings):
             out = model.generate(

@@ -59,13 +59,13 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, rows: Sequence[EditRow], tokenizer: Any, batch_size: int = 8) -> float:
+def mean_loss(model: Any, rows: Sequence[EditRow], batch_size: int = 8) -> float:
     """Mean cross-entropy over the target tokens of rows, nats per token: the edit loss, before or after."""
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         count = sum(len(row.ids) - row.prompt_length for row in batch)
-        total += edit_loss(model, batch, tokenizer).item() * count
+        total += edit_loss(model, batch).item() * count
         tokens += count
     return total / tokens
 

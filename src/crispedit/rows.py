@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .edits import Edit
 from .errors import ConfigError, EditsError, ModelError, did_you_mean
-from .texts import TokenBatch, pad, padding_id
+from .texts import TokenBatch, pad
 
 Chat = Literal["auto", "on", "off"]
 Turns = Sequence[tuple[str, str]]
@@ -164,17 +164,16 @@ class Prompter:
         return next(iter(special + [i for i in ids if i in added]), self.tokenizer.eos_token_id)
 
 
-def collate(rows: Sequence[EditRow], tokenizer: Any) -> tuple[TokenBatch, Tensor]:
+def collate(rows: Sequence[EditRow]) -> tuple[TokenBatch, Tensor]:
     """Rows as one right-padded batch with labels.
 
     Args:
         rows: At least one.
-        tokenizer: For the padding token.
 
     Returns:
         The batch, and labels (rows, length): the next token where it carries loss, −100 elsewhere.
     """
-    batch = pad([row.ids for row in rows], padding_id(tokenizer))
+    batch = pad([row.ids for row in rows])
     labels = torch.full_like(batch.ids, -100)
     for index, row in enumerate(rows):
         labels[index, row.prompt_length - 1 : len(row.ids) - 1] = torch.tensor(row.ids[row.prompt_length :])

@@ -17,6 +17,8 @@ from .models import context_length, text_config
 TokenRow = TypeVar("TokenRow", bound=Sequence[int])
 
 HELD_OUT_SHARE = 0.2
+PADDING = 0
+"""Fills rows under the mask: a token of every model. A tokenizer's own may lie beyond the model's embeddings."""
 MAX_TOKENS = 512
 """Texts are cut here, as in the paper (Wikipedia texts of up to 512 tokens)."""
 
@@ -149,15 +151,7 @@ class TokenBatch:
         return TokenBatch(ids=self.ids.to(device), mask=self.mask.to(device))
 
 
-def padding_id(tokenizer: Any) -> int:
-    """The token that fills rows under the mask: the tokenizer's padding token, else its EOS, else 0."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
-def pad(rows: Sequence[Sequence[int]], padding: int) -> TokenBatch:
+def pad(rows: Sequence[Sequence[int]], padding: int = PADDING) -> TokenBatch:
     """Rows of token ids as one right-padded batch."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
@@ -206,7 +200,7 @@ def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_toke
     if not rows:
         raise TextsError("no capability text has two tokens; there is no next token to predict")
     groups = token_groups(rows, batch_tokens)
-    return [pad(group, padding_id(tokenizer)) for group in groups]
+    return [pad(group) for group in groups]
 
 
 def next_tokens(batch: TokenBatch) -> Tensor:

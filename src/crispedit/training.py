@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ from .rows import EditRow, collate
 from .subspace import Subspace
 
 START, LIMIT = 2.0, 16.0
-"""The first learning rate of :class:`Pace` and the highest, both times d_in (the paper's 5e-4 at 8B is 7.2)."""
+"""The first learning rate that ``auto`` tries and the highest, both times d_in (a step of Adam moves an output by about
+rate × d_in × mean |a|). The paper's 5e-4 at 8B is 7.2."""
+TRIAL = 3
+"""Epochs of a trial of a learning rate."""
+ARRIVAL = 0.4
+"""The share of the epochs in which the loss should fall to a tenth."""
+WORTH = 1.25
+"""Twice the learning rate must make the logarithm of the loss fall so many times as far."""
 STEPS_PER_EPOCH = 8
 """An epoch has at least so many steps where the rows suffice (:func:`rows_per_step`)."""
 STOP_LOSS = 0.01
@@ -116,18 +123,17 @@ def _casting(module: nn.Module, dtype: torch.dtype) -> list[Any]:
     ]
 
 
-def edit_loss(model: Any, rows: Sequence[EditRow], tokenizer: Any) -> Tensor:
+def edit_loss(model: Any, rows: Sequence[EditRow]) -> Tensor:
     """Mean cross-entropy over the target tokens of a batch of rows; prompt tokens carry none (FT-M).
 
     Args:
         model: A causal LM.
         rows: The batch.
-        tokenizer: For the padding token.
 
     Returns:
         A scalar.
     """
-    batch, labels = collate(rows, tokenizer)
+    batch, labels = collate(rows)
     batch = batch.to(model.get_input_embeddings().weight.device)
     logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     labels = labels.to(logits.device)
@@ -135,47 +141,31 @@ def edit_loss(model: Any, rows: Sequence[EditRow], tokenizer: Any) -> Tensor:
     return nn.functional.cross_entropy(logits[counted].float(), labels[counted])
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried, and the mean losses of its first epochs."""
+
+    learning_rate: float
+    epoch_losses: list[float]
+
+
 @dataclass
 class Trace:
-    """What happened in a run of the loop: per epoch the mean loss and the learning rate, and the steps in all."""
+    """What happened in a run of the loop.
+
+    Args:
+        epoch_losses: Mean loss of every epoch, each batch measured before its own update.
+        rates: Learning rate of every epoch.
+        steps: Updates made.
+        stopped_early: Whether the loss fell below the bound.
+        trials: Of learning rates, where one was looked for; the last one taken is that of the run.
+    """
 
     epoch_losses: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     steps: int = 0
     stopped_early: bool = False
-
-
-class Pace:
-    """Raises the learning rate, from a low start, only as far as the first part of an edit needs.
-
-    A rate that suits one model wrecks another and leaves a third untouched; and of two rates that both
-    arrive, the lower one damages less. So the rate starts low, by the width of the matrices (a step of
-    Adam moves an output by about rate × d_in × mean |a|), and is raised after an epoch whose loss fell
-    too slowly to reach a tenth of the first epoch's at two fifths of the epochs, by half at most and never
-    beyond a limit that goes by the width too. Later it is not raised: a loss that levels off is no sign
-    of slowness. It is halved whenever the loss rises by more than 5 %. Measured in docs/decisions.md.
-
-    Args:
-        d_in: Input width of the edited matrices.
-        epochs: Passes over the rows, at most.
-    """
-
-    def __init__(self, d_in: int, epochs: int) -> None:
-        self.current, self.limit = START / d_in, LIMIT / d_in
-        self.goal_epoch = 0.4 * epochs
-
-    def rate(self, losses: Sequence[float]) -> float:
-        """The learning rate of the next epoch, from the mean losses of those before."""
-        if len(losses) < 2:
-            return self.current
-        first, before, now = (max(loss, 1e-9) for loss in (losses[0], *losses[-2:]))  # a loss may be exactly 0
-        if now > 1.05 * before:
-            self.current /= 2
-        elif len(losses) < self.goal_epoch:
-            fell = max(math.log(before / now), 1e-3)
-            needed = math.log(max(10 * now / first, 1.0)) / max(self.goal_epoch - len(losses), 1.0)
-            self.current = min(self.limit, self.current * min(1.5, max(1.0, needed / fell)))
-        return self.current
+    trials: list[Trial] = field(default_factory=list)
 
 
 def rows_per_step(num_rows: int, at_most: int) -> int:
@@ -191,14 +181,141 @@ def rows_per_step(num_rows: int, at_most: int) -> int:
     return min(at_most, max(1, num_rows // STEPS_PER_EPOCH))
 
 
+def too_slow(losses: Sequence[float], epochs: int) -> bool:
+    """Whether a loss that goes on falling as it did will miss a tenth of the first epoch's at two fifths of the epochs.
+
+    Args:
+        losses: Mean losses of the epochs so far, at least two.
+        epochs: Passes over the rows, at most; two fifths of them are not over yet.
+    """
+    first, now = (max(loss, 1e-9) for loss in (losses[0], losses[-1]))  # a loss may be exactly 0
+    fell = math.log(first / now) / (len(losses) - 1)
+    return fell < math.log(10 * now / first) / (ARRIVAL * epochs - len(losses))
+
+
+def pays(losses: Sequence[float], faster: Sequence[float]) -> bool:
+    """Whether twice the rate brought the loss down by so much more in a trial that it is worth the damage.
+
+    Args:
+        losses: Mean losses of the epochs at the lower rate.
+        faster: Those at the higher one, from the same start and over the same batches.
+    """
+    first, slow, fast = (max(loss, 1e-9) for loss in (losses[0], losses[-1], faster[-1]))
+    return math.log(first / fast) > WORTH * max(math.log(first / slow), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """What all runs over the same rows share."""
+
+    model: Any
+    matrices: Sequence[EditMatrix]
+    rules: Sequence[UpdateRule]
+    rows: Sequence[EditRow]
+    batch_size: int
+    seed: int
+    stop_loss: float
+    progress: Progress
+    originals: Sequence[Tensor]
+    """The matrices without what the rules stand for."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def apply(self) -> None:
+        """Writes what the rules stand for into the matrices."""
+        for matrix, rule, original in zip(self.matrices, self.rules, self.originals, strict=True):
+            matrix.weight.copy_(original + rule.delta())
+
+
+class _Run:
+    """Adam over the rows, epoch by epoch, at a rate and from given parameters of the rules."""
+
+    def __init__(self, loop: _Loop, starts: Sequence[Tensor], rate: float) -> None:
+        self.loop, self.rate, self.trace = loop, rate, Trace()
+        for rule, start in zip(loop.rules, starts, strict=True):
+            rule.parameter.copy_(start)
+        loop.apply()
+        self.optimizer = torch.optim.Adam([rule.parameter for rule in loop.rules], lr=rate)
+        self.rng = random.Random(loop.seed)
+
+    def until(self, epochs: int, label: str, of: int, *, halve: bool = False) -> Trace:
+        """Goes on until so many epochs are done in all, or the loss is low enough.
+
+        Args:
+            epochs: Of this run, those behind it included.
+            label: Of the progress.
+            of: Epochs that the progress counts to.
+            halve: Whether the rate is halved after an epoch whose loss rose by more than 5 %.
+        """
+        losses = self.trace.epoch_losses
+        while len(losses) < epochs and not self.trace.stopped_early:
+            if halve and len(losses) > 1 and losses[-1] > 1.05 * losses[-2]:
+                self.rate /= 2
+                self.optimizer.param_groups[0]["lr"] = self.rate
+            self.trace.rates.append(self.rate)
+            losses.append(self._epoch(label, of))
+            self.trace.stopped_early = losses[-1] < self.loop.stop_loss
+        return self.trace
+
+    def _epoch(self, label: str, of: int) -> float:
+        """One pass over the rows; the mean loss."""
+        loop, epoch = self.loop, len(self.trace.epoch_losses)
+        order = list(loop.rows)
+        self.rng.shuffle(order)
+        total = 0.0
+        for step in range(loop.steps_per_epoch):
+            batch = order[step * loop.batch_size : (step + 1) * loop.batch_size]
+            loss = edit_loss(loop.model, batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                where = f"epoch {epoch + 1}, step {step + 1}"
+                raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
+            total += value * len(batch)
+            if value >= loop.stop_loss:
+                gradients = torch.autograd.grad(loss, [matrix.parameter for matrix in loop.matrices])
+                for matrix, rule, gradient in zip(loop.matrices, loop.rules, gradients, strict=True):
+                    rule.parameter.grad = rule.gradient(matrix.as_weight(gradient))
+                self.optimizer.step()
+                loop.apply()
+                self.trace.steps += 1
+            loop.progress(label, epoch * loop.steps_per_epoch + step + 1, of * loop.steps_per_epoch)
+        return total / len(loop.rows)
+
+
+def _at_found_rate(loop: _Loop, starts: Sequence[Tensor], epochs: int) -> Trace:
+    """The run at the rate that a short search finds."""
+    d_in = max(matrix.shape[1] for matrix in loop.matrices)
+    run = _Run(loop, starts, START / d_in)
+    if ARRIVAL * epochs <= TRIAL:
+        return run.until(epochs, "edit", epochs, halve=True)
+    trace = run.until(TRIAL, "edit", epochs)
+    trials = [Trial(run.rate, list(trace.epoch_losses))]
+    while not trace.stopped_early and too_slow(trace.epoch_losses, epochs) and 2 * run.rate <= LIMIT / d_in:
+        faster = _Run(loop, starts, 2 * run.rate)
+        try:
+            faster.until(TRIAL, f"trial at lr {faster.rate:.1e}", TRIAL)
+            better = pays(trace.epoch_losses, faster.trace.epoch_losses)
+        except NumericsError:
+            better = False
+        trials.append(Trial(faster.rate, list(faster.trace.epoch_losses)))
+        if not better:
+            run = _Run(loop, starts, run.rate)
+            break
+        run, trace = faster, faster.trace
+    trace = run.until(epochs, "edit", epochs, halve=True)
+    trace.trials = trials
+    return trace
+
+
 def fine_tune(
     model: Any,
-    tokenizer: Any,
     matrices: Sequence[EditMatrix],
     rules: Sequence[UpdateRule],
     rows: Sequence[EditRow],
     *,
-    lr: float | Pace,
+    lr: float | Literal["auto"],
     epochs: int,
     batch_size: int,
     seed: int = 0,
@@ -207,58 +324,42 @@ def fine_tune(
 ) -> Trace:
     """Fine-tunes the matrices in place with Adam, each through its update rule.
 
+    With ``lr`` "auto" the rate is :data:`START` / d_in, doubled as long as a trial of :data:`TRIAL` epochs says
+    that the loss falls too slowly to arrive (:func:`too_slow`) *and* that twice the rate makes it fall faster by
+    what that is worth (:func:`pays`); later it is halved whenever the loss rises by more than 5 %. A rate that
+    suits one model wrecks another; of two rates that both arrive, the lower one damages less; and a model that
+    cannot learn the edits well at any rate is not to be pushed to the highest. Measured in docs/decisions.md.
+
     Args:
         model: A causal LM, its matrices inside :func:`float32_masters`.
-        tokenizer: Its tokenizer.
         matrices: What is edited.
         rules: One per matrix; their parameters start at zero or go on from where they are.
         rows: The edits' rows.
-        lr: Adam's learning rate, or the rule that finds it.
-        epochs: Passes over the rows, at most.
+        lr: Adam's learning rate, or ``auto``.
+        epochs: Passes over the rows, at most; trials that are not taken come on top.
         batch_size: Rows per step.
         seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
-        Mean loss of every epoch, each batch measured before its own update.
+        What happened, epoch by epoch.
 
     Raises:
         NumericsError: A loss is not finite.
     """
-    originals = [matrix.weight.clone() for matrix in matrices]
-    for original, rule in zip(originals, rules, strict=True):
-        original -= rule.delta()
-    optimizer = torch.optim.Adam([rule.parameter for rule in rules], lr=0.0)
-    rng = random.Random(seed)
-    trace = Trace()
-    steps_per_epoch = -(-len(rows) // batch_size)
-    for epoch in range(epochs):
-        rate = lr.rate(trace.epoch_losses) if isinstance(lr, Pace) else lr
-        optimizer.param_groups[0]["lr"] = rate
-        trace.rates.append(rate)
-        order = list(rows)
-        rng.shuffle(order)
-        total = 0.0
-        for step in range(steps_per_epoch):
-            batch = order[step * batch_size : (step + 1) * batch_size]
-            loss = edit_loss(model, batch, tokenizer)
-            value = loss.item()
-            if value != value or value in (float("inf"), float("-inf")):
-                where = f"epoch {epoch + 1}, step {step + 1}"
-                raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({rate:g})")
-            total += value * len(batch)
-            if value >= stop_loss:
-                gradients = torch.autograd.grad(loss, [matrix.parameter for matrix in matrices])
-                for matrix, rule, gradient in zip(matrices, rules, gradients, strict=True):
-                    rule.parameter.grad = rule.gradient(matrix.as_weight(gradient))
-                optimizer.step()
-                for matrix, rule, original in zip(matrices, rules, originals, strict=True):
-                    matrix.weight.copy_(original + rule.delta())
-                trace.steps += 1
-            progress("edit", epoch * steps_per_epoch + step + 1, epochs * steps_per_epoch)
-        trace.epoch_losses.append(total / len(rows))
-        if trace.epoch_losses[-1] < stop_loss:
-            trace.stopped_early = True
-            break
-    return trace
+    loop = _Loop(
+        model=model,
+        matrices=matrices,
+        rules=rules,
+        rows=rows,
+        batch_size=batch_size,
+        seed=seed,
+        stop_loss=stop_loss,
+        progress=progress,
+        originals=[matrix.weight - rule.delta() for matrix, rule in zip(matrices, rules, strict=True)],
+    )
+    starts = [rule.parameter.clone() for rule in rules]
+    if lr == "auto":
+        return _at_found_rate(loop, starts, epochs)
+    return _Run(loop, starts, lr).until(epochs, "edit", epochs)

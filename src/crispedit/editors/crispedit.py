@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..errors import ConfigError
 from ..subspace import Subspace
-from ..training import STOP_LOSS, Coordinates, Pace, Unconstrained, UpdateRule, fine_tune, rows_per_step
+from ..training import STOP_LOSS, Coordinates, Unconstrained, UpdateRule, fine_tune, rows_per_step
 from .base import EditorConfig, EditProblem, Round
 
 
@@ -58,11 +58,10 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
             rules.append(Coordinates(Subspace.of(problem.curvature.spectrum(matrix.name), config.energy).to(device)))
     trace = fine_tune(
         problem.model,
-        problem.tokenizer,
         problem.matrices,
         rules,
         problem.rows,
-        lr=Pace(max(m.shape[1] for m in problem.matrices), config.epochs) if config.lr == "auto" else config.lr,
+        lr=config.lr,
         epochs=config.epochs,
         batch_size=rows_per_step(len(problem.rows), config.batch_size),
         seed=problem.seed,
