@@ -5,38 +5,62 @@ Pure tensors; nothing here knows of a model. Conventions as in :mod:`crispedit.c
 sorted in descending order. The curvature of the pair (i, j) is λ_ij = β_i α_j, where
 A = U_A diag(α) U_Aᵀ and G = U_G diag(β) U_Gᵀ (CrispEdit, arXiv 2602.15823, section 3.3).
 
-With sorted spectra the high-curvature pairs are a staircase: pair (i, j) is high exactly when
-j < counts[i], with counts non-increasing. So a threshold needs no d_out × d_in table: prefix sums and
-one ``searchsorted`` per candidate give the number of pairs above it and their energy.
+What is protected is a *staircase* of pairs: row i has its first ``counts[i]`` pairs high, with counts
+that do not increase. Two staircases meet the same energy criterion:
+
+- the pairs with the largest λ, fewest in number (the paper's choice); whether a pair is one of them is
+  decided by bisection, without a d_out × d_in table;
+- a *cross*, the first r rows and the first c columns. What it leaves unprotected is the product of what
+  r and c leave of the two traces, so the top of both spectra is all that need be known.
+
+The projection off a staircase is evaluated in the cheapest of three forms that are equal up to rounding:
+eq. 6 of the paper as it stands; a *pivot*, which splits the high pairs at a corner into full rows and
+full columns and costs in proportion to those; and, of a cross, a two-sided projection.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, NumericsError
+from .eigen import Eigenpairs, TopSolver, at_most, full_eigenpairs
+from .errors import ConfigError, did_you_mean
+
+Form = Literal["equation6", "pivot", "cross"]
+
+
+def check_form(form: str) -> None:
+    """Raises :class:`ConfigError` unless ``form`` is a form, or ``auto``."""
+    known = (*get_args(Form), "auto")
+    if form not in known:
+        raise ConfigError(f"form is '{form}'; it must be one of {', '.join(known)}{did_you_mean(form, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """Eigenvalues and eigenvectors of both Kronecker factors, in descending order.
+    """Leading eigenpairs of both Kronecker factors, in descending order: all of them, or what a cross needs.
 
     Args:
-        alpha: Eigenvalues of A, (d_in,), float64, not negative.
-        beta: Eigenvalues of G, (d_out,), float64, not negative.
-        input_basis: U_A, (d_in, d_in), float32, one eigenvector per column.
-        output_basis: U_G, (d_out, d_out), float32.
+        alpha: Eigenvalues of A, (k_A,), float64, not negative; k_A ≤ d_in.
+        beta: Eigenvalues of G, (k_G,), float64, not negative; k_G ≤ d_out.
+        input_basis: Eigenvectors of A, (d_in, k_A), float32, one per column: U_A.
+        output_basis: Eigenvectors of G, (d_out, k_G), float32: U_G.
+        traces: tr(A) and tr(G).
+        residuals: ‖A v − α v‖, (k_A,), and ‖G v − β v‖, (k_G,), float64; see :class:`crispedit.eigen.Eigenpairs`.
     """
 
     alpha: Tensor
     beta: Tensor
     input_basis: Tensor
     output_basis: Tensor
+    traces: tuple[float, float]
+    residuals: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, A: Tensor, G: Tensor) -> "Spectrum":
-        """Diagonalises both factors in float64.
+        """Diagonalises both factors whole, in float64.
 
         Args:
             A: Input second moment, (d_in, d_in).
@@ -44,21 +68,72 @@ class Spectrum:
 
         Returns:
             The spectrum, on the device of ``A``.
+
+        Raises:
+            NumericsError: A number is not finite.
         """
-        alpha, input_basis = _eigh(A, "A")
-        beta, output_basis = _eigh(G, "G")
-        return cls(alpha=alpha, beta=beta, input_basis=input_basis, output_basis=output_basis)
+        return cls._of_pairs(*(full_eigenpairs(M, name) for M, name in ((A, "A"), (G, "G"))))
 
+    @classmethod
+    def for_cross(cls, A: Tensor, G: Tensor, energy: float, *, start: "Spectrum | None" = None) -> "Spectrum":
+        """As many leading eigenpairs as it takes to know the smallest cross that meets an energy.
 
-def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (float64, clamped at 0) and eigenvectors (float32) of a factor, descending."""
-    if not torch.isfinite(matrix).all():
-        raise NumericsError(f"curvature factor {name} of shape {tuple(matrix.shape)} has numbers that are not finite")
-    double = matrix.double()
-    # symmetrised: accumulation rounds A_ij and A_ji apart; clamped: two tiny negative eigenvalues
-    # would make a positive product
-    values, vectors = torch.linalg.eigh((double + double.T) / 2)
-    return values.flip(0).clamp(min=0), vectors.flip(1).float().contiguous()
+        Args:
+            A: Input second moment, (d_in, d_in).
+            G: Output-gradient second moment, (d_out, d_out).
+            energy: γ in [0, 1).
+            start: The spectrum of factors that were nearly the same, from which the search sets out.
+
+        Returns:
+            A spectrum with one pair more than the cross on either side, where there is one.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1).
+            NumericsError: A number is not finite.
+        """
+        check_energy(energy)
+        bases = (None, None) if start is None else (start.input_basis, start.output_basis)
+        solvers = [TopSolver(M, name, start=basis) for M, name, basis in zip((A, G), "AG", bases, strict=True)]
+        columns, rows = (8, 8) if start is None else (len(start.alpha) - 1, len(start.beta) - 1)
+        while True:
+            inputs, outputs = solvers[0].top(columns), solvers[1].top(rows)
+            r, c = cross_threshold(inputs.at_most(), outputs.at_most(), energy).cross or (0, 0)
+            if c <= len(inputs) and r <= len(outputs):
+                return cls._of_pairs(inputs.first(c + 1), outputs.first(r + 1))
+            # what is unknown was taken for as large as it may be: the true cross is no smaller
+            if c > len(inputs):
+                columns = max(c, columns + columns // 2)
+            if r > len(outputs):
+                rows = max(r, rows + rows // 2)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return len(self.output_basis), len(self.input_basis)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all eigenpairs are known."""
+        return (len(self.beta), len(self.alpha)) == self.shape
+
+    def at_most(self) -> tuple[Tensor, Tensor]:
+        """(d_in,) and (d_out,): both spectra, what is unknown taken for as large as the traces allow."""
+        return at_most(self.alpha, self.traces[0], self.shape[1]), at_most(self.beta, self.traces[1], self.shape[0])
+
+    def to(self, device: torch.device) -> "Spectrum":
+        """The spectrum with its bases on another device; the eigenvalues stay where they are."""
+        return replace(self, input_basis=self.input_basis.to(device), output_basis=self.output_basis.to(device))
+
+    @classmethod
+    def _of_pairs(cls, inputs: Eigenpairs, outputs: Eigenpairs) -> "Spectrum":
+        return cls(
+            alpha=inputs.values,
+            beta=outputs.values,
+            input_basis=inputs.vectors.float(),
+            output_basis=outputs.vectors.float(),
+            traces=(inputs.trace, outputs.trace),
+            residuals=(inputs.residuals, outputs.residuals),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +141,18 @@ class Threshold:
     """Where a spectrum is cut.
 
     Args:
-        tau: The k-th largest curvature λ; pairs with λ ≥ tau are high. ``inf`` when k is 0.
-        num_high: How many pairs are high: k, and all pairs tied with the k-th.
+        tau: The k-th largest curvature λ; pairs with λ ≥ tau are high. ``inf`` when k is 0; ``None`` for a cross.
+        num_high: How many pairs are high: k, and all pairs tied with the k-th; or those of the cross.
         captured: Share of the total energy tr(A)·tr(G) that the high pairs hold.
         counts: (d_out,) int64; row i of the staircase has its first ``counts[i]`` pairs high.
+        cross: (r, c) if the staircase is a cross.
     """
 
-    tau: float
+    tau: float | None
     num_high: int
     captured: float
     counts: Tensor
+    cross: tuple[int, int] | None = None
 
 
 def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
@@ -130,10 +207,113 @@ def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
     return Threshold(tau=tau, num_high=int(counts.sum()), captured=captured / total, counts=counts)
 
 
+def cross_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
+    """The cross of fewest pairs that holds an energy: the first r rows and the first c columns.
+
+    It leaves unprotected exactly (1 − E_G(r)) (1 − E_A(c)), with E the cumulative shares of the two traces.
+
+    Args:
+        alpha: (d_in,) float64, descending, not negative.
+        beta: (d_out,) float64, descending, not negative.
+        energy: γ in [0, 1). 0 makes no pair high.
+
+    Returns:
+        The threshold, its counts d_in in the first r rows and c in the others. r = 0 protects directions of A
+        alone (Adam-NSCL, arXiv 2103.15526), c = 0 directions of G alone.
+
+    Raises:
+        ConfigError: ``energy`` is outside [0, 1).
+    """
+    check_energy(energy)
+    d_in, d_out = len(alpha), len(beta)
+    left_of_A, left_of_G = _left(alpha), _left(beta)
+    # for every r the fewest columns that leave no more than is allowed; the negated shares ascend
+    allowed = torch.where(left_of_G > 0, (1 - energy) / left_of_G, torch.full_like(left_of_G, float("inf")))
+    columns = torch.searchsorted(-left_of_A, -allowed, side="left")
+    rows = torch.arange(d_out + 1, device=columns.device)
+    r = int((rows * d_in + columns * (d_out - rows)).argmin())
+    c = int(columns[r])
+    counts = torch.full((d_out,), c, device=columns.device)
+    counts[:r] = d_in
+    captured = 1 - float(left_of_G[r] * left_of_A[c])
+    return Threshold(tau=None, num_high=int(counts.sum()), captured=captured, counts=counts, cross=(r, c))
+
+
+def _left(values: Tensor) -> Tensor:
+    """(n + 1,): the share of the sum that the first 0, 1, … n values leave; exactly 1 and 0 at the ends."""
+    total = values.sum()
+    shares = values / total if total > 0 else torch.zeros_like(values)
+    rest = shares.flip(0).cumsum(0).flip(0)  # summed from the small end, where it matters
+    return torch.cat([values.new_ones(1), rest[1:], values.new_zeros(1)])
+
+
 def check_energy(energy: float) -> None:
     """Raises :class:`ConfigError` unless ``energy`` is in [0, 1)."""
     if not 0 <= energy < 1:
         raise ConfigError(f"energy is {energy}; it must be at least 0 (plain fine-tuning) and less than 1")
+
+
+class _Pivot:
+    """The high pairs of a staircase, split at a corner: those in the first r rows, the others in the first c columns.
+
+    Rows and columns are cut into blocks that double in size, each as long as its longest row or column.
+
+    Args:
+        counts: (d_out,) of the staircase.
+        d_in: Input width.
+    """
+
+    def __init__(self, counts: Tensor, d_in: int) -> None:
+        self.counts, self.d_in, self.d_out = counts, d_in, len(counts)
+        columns = torch.arange(d_in, device=counts.device)
+        ascending = counts.flip(0).contiguous()
+        self.heights = self.d_out - torch.searchsorted(ascending, columns, side="right")  # rows with counts > j
+        r, c = torch.arange(self.d_out + 1, device=counts.device), torch.cat([counts, counts.new_zeros(1)])
+        widths, heights = _blocked(counts), _blocked(self.heights)
+        self._row_flops = 4 * d_in * (r * self.d_out + widths)
+        self._column_flops = 4 * self.d_out * (c * d_in + heights[c] - r * c)
+        flops = self._row_flops + self._column_flops
+        self.rows = int(flops.argmin())
+        self.columns = int(c[self.rows])
+        self.flops = int(flops[self.rows])
+        """Of one projection."""
+
+    @property
+    def basis_shape(self) -> tuple[int, int]:
+        """How many leading eigenvectors of G and of A it takes."""
+        return int(self.heights[0]), int(self.counts[0])
+
+    def high(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
+        """U_G [ (U_Gᵀ X U_A) ⊙ (1 − M) ] U_Aᵀ."""
+        r, c, counts = self.rows, self.columns, self.counts
+        T = U_G[:, :r].T @ X
+        for start, end in _blocks(r):
+            width = int(counts[start])
+            if int(counts[end - 1]) < self.d_in:  # else U_A U_Aᵀ is the identity
+                U = U_A[:, :width]
+                inside = torch.arange(width, device=X.device) < counts[start:end, None].to(X.device)
+                T[start:end] = ((T[start:end] @ U) * inside) @ U.T
+        found = U_G[:, :r] @ T
+        T = X @ U_A[:, :c]
+        for start, end in _blocks(c):
+            U = U_G[:, r : int(self.heights[start])]
+            inside = torch.arange(start, end, device=X.device) < counts[r : r + U.shape[1], None].to(X.device)
+            T[:, start:end] = U @ ((U.T @ T[:, start:end]) * inside)
+        return found.addmm_(T, U_A[:, :c].T)
+
+
+def _blocks(count: int) -> list[tuple[int, int]]:
+    """[0, 1), [1, 3), [3, 7), … up to ``count``."""
+    starts = [2**k - 1 for k in range(count.bit_length())]
+    return [(start, min(2 * start + 1, count)) for start in starts if start < count]
+
+
+def _blocked(lengths: Tensor) -> Tensor:
+    """(n + 1,): the sum of the first 0, 1, … n lengths, each taken as that of the first of its block."""
+    sums = lengths.clone()
+    for start, end in _blocks(len(lengths)):
+        sums[start:end] = lengths[start]
+    return torch.cat([sums.new_zeros(1), sums.cumsum(0)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,38 +323,83 @@ class Subspace:
     Args:
         spectrum: Eigenvalues and bases.
         threshold: Where the spectrum is cut.
-        mask: (d_out, d_in) float32, 1 where a pair has low curvature: M of the paper's eq. 6.
+        form: How projections are evaluated.
     """
 
     spectrum: Spectrum
     threshold: Threshold
-    mask: Tensor
+    form: Form
 
     @classmethod
-    def of(cls, spectrum: Spectrum, energy: float) -> "Subspace":
-        """The subspace that leaves out the pairs holding ``energy`` of all curvature.
+    def of(cls, spectrum: Spectrum, energy: float, form: Form | Literal["auto"] = "auto") -> "Subspace":
+        """The subspace that leaves out pairs holding ``energy`` of all curvature.
 
         Args:
             spectrum: Spectrum of the matrix's factors.
             energy: γ in [0, 1).
+            form: ``equation6`` and ``pivot`` leave out the pairs of largest λ, and are equal; ``cross`` leaves out a
+                cross. ``auto`` is the cheaper of the first two in flops, or ``cross`` where the spectrum has only
+                leading pairs.
 
         Returns:
             The subspace, on the spectrum's device.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1), the form is unknown, or the spectrum has too few pairs for it.
         """
+        check_form(form)
+        if form == "cross" or (form == "auto" and not spectrum.complete):
+            threshold = cross_threshold(*spectrum.at_most(), energy)
+            r, c = threshold.cross or (0, 0)
+            if r > len(spectrum.beta) or c > len(spectrum.alpha):
+                raise ConfigError(
+                    f"a cross at energy {energy} needs at least {r} eigenvectors of G and {c} of A; this spectrum has "
+                    f"{len(spectrum.beta)} and {len(spectrum.alpha)}: compute it for this energy"
+                )
+            return cls(spectrum=spectrum, threshold=threshold, form="cross")
+        if not spectrum.complete:
+            raise ConfigError(f"form {form} needs all eigenvectors; this spectrum has only leading ones: use cross")
         threshold = energy_threshold(spectrum.alpha, spectrum.beta, energy)
-        columns = torch.arange(len(spectrum.alpha), device=spectrum.alpha.device)
-        mask = (columns >= threshold.counts[:, None]).float()
-        return cls(spectrum=spectrum, threshold=threshold, mask=mask)
+        subspaces = [cls(spectrum=spectrum, threshold=threshold, form=f) for f in ("pivot", "equation6")]
+        return min((s for s in subspaces if form in ("auto", s.form)), key=lambda s: s.flops)
 
     def to(self, device: torch.device) -> "Subspace":
-        """The subspace with its bases and mask on another device."""
-        spectrum = Spectrum(
-            alpha=self.spectrum.alpha,
-            beta=self.spectrum.beta,
-            input_basis=self.spectrum.input_basis.to(device),
-            output_basis=self.spectrum.output_basis.to(device),
-        )
-        return Subspace(spectrum=spectrum, threshold=self.threshold, mask=self.mask.to(device))
+        """The subspace with its bases on another device."""
+        return replace(self, spectrum=self.spectrum.to(device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.spectrum.shape
+
+    @cached_property
+    def _pivot(self) -> _Pivot:
+        return _Pivot(self.threshold.counts, self.shape[1])
+
+    @property
+    def flops(self) -> int:
+        """Of one projection, a multiplication and an addition counted apart."""
+        d_out, d_in = self.shape
+        if self.form == "pivot":
+            return self._pivot.flops
+        return 4 * d_out * d_in * (d_out + d_in if self.form == "equation6" else sum(self._cross))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the float32 eigenvectors that the form takes."""
+        d_out, d_in = self.shape
+        taken = {"equation6": (d_out, d_in), "pivot": self._pivot.basis_shape, "cross": self._cross}[self.form]
+        return 4 * (d_out * taken[0] + d_in * taken[1])
+
+    @property
+    def _cross(self) -> tuple[int, int]:
+        return self.threshold.cross or (0, 0)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """M of the paper's eq. 6: (d_out, d_in) float32, 1 where a pair has low curvature."""
+        counts = self.threshold.counts.to(self.spectrum.input_basis.device)
+        return (torch.arange(self.shape[1], device=counts.device) >= counts[:, None]).float()
 
     def to_coordinates(self, X: Tensor) -> Tensor:
         """U_Gᵀ X U_A, the coordinates of ``X`` (d_out, d_in) in the Kronecker eigenbasis, unmasked."""
@@ -186,12 +411,23 @@ class Subspace:
 
     def project(self, X: Tensor) -> Tensor:
         """P(X), the orthogonal projection of ``X`` (d_out, d_in) onto the subspace (paper, eq. 6)."""
-        return self.from_coordinates(self.to_coordinates(X))
+        if self.form == "equation6":
+            return self.from_coordinates(self.to_coordinates(X))
+        return X - self._high(X, self.spectrum.output_basis, self.spectrum.input_basis)
+
+    def _high(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
+        """X − P(X) with bases of ``X``'s dtype."""
+        if self.form == "equation6":
+            return U_G @ ((U_G.T @ X @ U_A) * (1 - self.mask)) @ U_A.T
+        if self.form == "pivot":
+            return self._pivot.high(X, U_G, U_A)
+        r, c = self._cross
+        of_rows = U_G[:, :r] @ (U_G[:, :r].T @ X)
+        return of_rows.addmm_((X - of_rows) @ U_A[:, :c], U_A[:, :c].T)
 
     def share_outside(self, X: Tensor) -> float:
         """‖P(X) − X‖ / ‖X‖ in Frobenius norm, evaluated in float64; 0 for X = 0."""
         double = X.double()
-        U_G, U_A = self.spectrum.output_basis.double(), self.spectrum.input_basis.double()
-        high = (U_G.T @ double @ U_A) * (1 - self.mask)
+        high = self._high(double, self.spectrum.output_basis.double(), self.spectrum.input_basis.double())
         norm = double.norm()
         return float(high.norm() / norm) if norm > 0 else 0.0

@@ -1,0 +1,148 @@
+"""The partial eigensolver against dense diagonalisation, on prescribed spectra and on real factors."""
+
+import pytest
+import torch
+
+from crispedit import eigen
+from crispedit.curvature import estimate_factors
+from crispedit.eigen import TopSolver, full_eigenpairs
+from crispedit.errors import NumericsError
+from crispedit.models import edit_matrices
+from crispedit.texts import text_batches
+
+SIZE, COUNT = 400, 30
+J = torch.arange(1, SIZE + 1, dtype=torch.float64)
+SPECTRA = {
+    "flat, with a step at the cut": torch.where(J <= COUNT, 1.0 + 1e-3, 1.0) + 1e-5 * (SIZE - J) / SIZE,
+    "1 / j": 1 / J,
+    "1 / j ** 1.5": J**-1.5,
+    "rank below the cut": torch.where(J <= 12, 1 / J, 0.0),
+    "clusters that end at the cut": 10.0 - torch.div(J - 1, COUNT, rounding_mode="floor") / 2,
+    "clusters across the cut": 10.0 - torch.div(J - 1, 2 * COUNT, rounding_mode="floor") / 2,
+    "one dominant direction": torch.where(J == 1, 1e4, 1 / J),
+    "all the same": torch.ones(SIZE, dtype=torch.float64),
+}
+
+
+def matrix_with(spectrum: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric matrix with a spectrum, and its eigenvectors."""
+    noise = torch.randn(len(spectrum), len(spectrum), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    vectors = torch.linalg.qr(noise)[0]
+    return (vectors * spectrum) @ vectors.T, vectors
+
+
+def projector(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    return vectors[:, :count] @ vectors[:, :count].T
+
+
+@pytest.fixture
+def partial(monkeypatch):
+    """Never the dense diagonalisation."""
+    monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
+    monkeypatch.setattr(eigen, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(eigen, "full_eigenpairs", None)
+
+
+@pytest.mark.usefixtures("partial")
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_leading_pairs_are_those_of_the_dense_diagonalisation(name):
+    """Values to 1e-10 of the largest (their error is of the order of the residual squared); the projector to 1e-5 where
+    the relative gap at the cut is at least 1e-3, and everywhere within the bound that is reported."""
+    spectrum = SPECTRA[name]
+    matrix, vectors = matrix_with(spectrum)
+    found = TopSolver(matrix).top(COUNT)
+    assert len(found) > COUNT
+    assert (found.values - spectrum[: len(found)]).abs().max() <= 1e-10 * spectrum[0]
+    assert (found.vectors.T @ found.vectors - torch.eye(len(found))).abs().max() < 1e-12
+    true_residuals = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
+    rounding = SIZE * torch.finfo(torch.float64).eps * spectrum[0]
+    assert bool((true_residuals <= found.residuals + rounding).all())
+    assert bool((found.residuals <= (1e-9 * spectrum[: len(found)]).clamp(min=float(rounding))).all())
+    assert found.trace == pytest.approx(float(spectrum.sum()), rel=1e-12)
+
+    error = float((projector(found.vectors, COUNT) - projector(vectors, COUNT)).norm())
+    assert error <= found.projector_error(COUNT) + 1e-12
+    gap = float(spectrum[COUNT - 1] - spectrum[COUNT])
+    if gap >= 1e-3 * spectrum[COUNT - 1] > 0:
+        assert error <= 1e-5 * COUNT**0.5
+    # whatever the gap: no projector of this rank captures more
+    assert float((found.vectors[:, :COUNT] * (matrix @ found.vectors[:, :COUNT])).sum()) == pytest.approx(
+        float(spectrum[:COUNT].sum()), rel=1e-10
+    )
+
+
+@pytest.fixture(scope="module")
+def real_factors():
+    from crispedit.bundled import corpus
+    from crispedit.models import load_model
+
+    loaded = load_model("bundled")
+    batches = text_batches(loaded.model, loaded.tokenizer, corpus.capability_texts()[:60])
+    (factors,) = estimate_factors(loaded.model, edit_matrices(loaded.model, [3]), batches).values()
+    return {"A": factors.A, "G": factors.G}
+
+
+@pytest.mark.usefixtures("partial")
+@pytest.mark.parametrize("count", [1, 10, 40])
+@pytest.mark.parametrize("side", ["A", "G"])
+def test_real_factors(real_factors, side, count):
+    matrix = real_factors[side]
+    double = (matrix.double() + matrix.double().T) / 2
+    values, vectors = torch.linalg.eigh(double)
+    values, vectors = values.flip(0), vectors.flip(1)
+    found = TopSolver(matrix).top(count)
+    assert (found.values[:count] / values[:count] - 1).abs().max() <= 1e-10
+    error = float((projector(found.vectors, count) - projector(vectors, count)).norm())
+    assert error <= found.projector_error(count)
+    assert values[count - 1] - values[count] > 1e-3 * values[count - 1]
+    assert error <= 1e-5 * count**0.5
+
+
+def test_the_dense_form_is_eigh():
+    matrix, _ = matrix_with(SPECTRA["1 / j"])
+    found = full_eigenpairs(matrix)
+    assert len(found) == found.size == SIZE
+    assert torch.equal(found.values, torch.linalg.eigh((matrix + matrix.T) / 2)[0].flip(0))
+    assert bool(((matrix @ found.vectors - found.vectors * found.values).norm(dim=0) <= found.residuals).all())
+    assert found.projector_error(SIZE) == found.projector_error(0) == 0
+
+
+def test_a_matrix_of_which_much_is_wanted_is_diagonalised_whole():
+    matrix, _ = matrix_with(SPECTRA["1 / j"])
+    assert len(TopSolver(matrix).top(COUNT)) == SIZE
+
+
+@pytest.mark.usefixtures("partial")
+def test_more_pairs_are_found_from_where_the_search_is():
+    matrix, _ = matrix_with(SPECTRA["1 / j"])
+    solver = TopSolver(matrix)
+    few = solver.top(10)
+    before = solver.products
+    more = solver.top(40)
+    assert (more.values[:10] - few.values[:10]).abs().max() < 1e-12
+    fresh = TopSolver(matrix)
+    fresh.top(40)
+    assert solver.products - before < fresh.products
+
+
+@pytest.mark.usefixtures("partial")
+def test_a_warm_start_saves_products_and_misses_no_new_direction(monkeypatch):
+    """A direction that the old basis knows nothing of becomes the strongest."""
+    monkeypatch.setattr(eigen, "BLOCK", 16)
+    matrix, vectors = matrix_with(SPECTRA["1 / j ** 1.5"])
+    old = TopSolver(matrix).top(COUNT)
+    new_direction = vectors[:, -1:]
+    changed = 0.99 * matrix + 2.0 * new_direction @ new_direction.T
+    warm, cold = TopSolver(changed, start=old.vectors), TopSolver(changed)
+    found, expected = warm.top(COUNT), cold.top(COUNT)
+    assert warm.products < cold.products
+    assert (found.values - expected.values).abs().max() < 1e-12
+    assert abs(float(found.vectors[:, 0] @ new_direction[:, 0])) == pytest.approx(1, abs=1e-10)
+
+
+def test_a_number_that_is_not_finite_is_refused():
+    matrix = torch.eye(4)
+    matrix[1, 2] = float("nan")
+    for solve in (TopSolver, full_eigenpairs):
+        with pytest.raises(NumericsError, match=r"shape \(4, 4\)"):
+            solve(matrix)
