@@ -26,7 +26,9 @@ SPECTRA = {
 
 def matrix_with(spectrum: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A symmetric matrix with a spectrum, and its eigenvectors."""
-    noise = torch.randn(len(spectrum), len(spectrum), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        len(spectrum), len(spectrum), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     vectors = torch.linalg.qr(noise)[0]
     return (vectors * spectrum) @ vectors.T, vectors
 

@@ -47,15 +47,6 @@ class Eigenpairs:
         """N."""
         return len(self.vectors)
 
-    def first(self, count: int) -> "Eigenpairs":
-        """At most so many of the pairs."""
-        return Eigenpairs(
-            values=self.values[:count],
-            vectors=self.vectors[:, :count],
-            residuals=self.residuals[:count],
-            trace=self.trace,
-        )
-
     def at_most(self) -> Tensor:
         """(n,): the spectrum, what is unknown taken for as large as it may be."""
         return at_most(self.values, self.trace, self.size)

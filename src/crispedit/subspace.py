@@ -85,7 +85,7 @@ class Spectrum:
             start: The spectrum of factors that were nearly the same, from which the search sets out.
 
         Returns:
-            A spectrum with one pair more than the cross on either side, where there is one.
+            A spectrum with at least one pair more than the cross on either side, where there is one.
 
         Raises:
             ConfigError: ``energy`` is outside [0, 1).
@@ -99,7 +99,7 @@ class Spectrum:
             inputs, outputs = solvers[0].top(columns), solvers[1].top(rows)
             r, c = cross_threshold(inputs.at_most(), outputs.at_most(), energy).cross or (0, 0)
             if c <= len(inputs) and r <= len(outputs):
-                return cls._of_pairs(inputs.first(c + 1), outputs.first(r + 1))
+                return cls._of_pairs(inputs, outputs)
             # what is unknown was taken for as large as it may be: the true cross is no smaller
             if c > len(inputs):
                 columns = max(c, columns + columns // 2)
@@ -226,6 +226,9 @@ def cross_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
     """
     check_energy(energy)
     d_in, d_out = len(alpha), len(beta)
+    if energy * float(alpha.sum() * beta.sum()) == 0:
+        counts = torch.zeros_like(beta, dtype=torch.int64)
+        return Threshold(tau=None, num_high=0, captured=0.0, counts=counts, cross=(0, 0))
     left_of_A, left_of_G = _left(alpha), _left(beta)
     # for every r the fewest columns that leave no more than is allowed; the negated shares ascend
     allowed = torch.where(left_of_G > 0, (1 - energy) / left_of_G, torch.full_like(left_of_G, float("inf")))
@@ -241,9 +244,7 @@ def cross_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
 
 def _left(values: Tensor) -> Tensor:
     """(n + 1,): the share of the sum that the first 0, 1, … n values leave; exactly 1 and 0 at the ends."""
-    total = values.sum()
-    shares = values / total if total > 0 else torch.zeros_like(values)
-    rest = shares.flip(0).cumsum(0).flip(0)  # summed from the small end, where it matters
+    rest = (values / values.sum()).flip(0).cumsum(0).flip(0)  # summed from the small end, where it matters
     return torch.cat([values.new_ones(1), rest[1:], values.new_zeros(1)])
 
 
@@ -269,7 +270,9 @@ class _Pivot:
         ascending = counts.flip(0).contiguous()
         self.heights = self.d_out - torch.searchsorted(ascending, columns, side="right")  # rows with counts > j
         r, c = torch.arange(self.d_out + 1, device=counts.device), torch.cat([counts, counts.new_zeros(1)])
-        widths, heights = _blocked(counts), _blocked(self.heights)
+        self.full = int((counts == d_in).sum())  # of these rows U_A U_Aᵀ is the identity
+        widths = torch.cat([counts.new_zeros(self.full), _blocked(counts[self.full :])])
+        heights = _blocked(self.heights)
         self._row_flops = 4 * d_in * (r * self.d_out + widths)
         self._column_flops = 4 * self.d_out * (c * d_in + heights[c] - r * c)
         flops = self._row_flops + self._column_flops
@@ -287,31 +290,29 @@ class _Pivot:
         """U_G [ (U_Gᵀ X U_A) ⊙ (1 − M) ] U_Aᵀ."""
         r, c, counts = self.rows, self.columns, self.counts
         T = U_G[:, :r].T @ X
-        for start, end in _blocks(r):
-            width = int(counts[start])
-            if int(counts[end - 1]) < self.d_in:  # else U_A U_Aᵀ is the identity
-                U = U_A[:, :width]
-                inside = torch.arange(width, device=X.device) < counts[start:end, None].to(X.device)
-                T[start:end] = ((T[start:end] @ U) * inside) @ U.T
+        for start, end in _blocks(self.full, r):
+            U = U_A[:, : int(counts[start])]
+            inside = torch.arange(U.shape[1], device=X.device) < counts[start:end, None].to(X.device)
+            T[start:end] = ((T[start:end] @ U) * inside) @ U.T
         found = U_G[:, :r] @ T
         T = X @ U_A[:, :c]
-        for start, end in _blocks(c):
+        for start, end in _blocks(0, c):
             U = U_G[:, r : int(self.heights[start])]
             inside = torch.arange(start, end, device=X.device) < counts[r : r + U.shape[1], None].to(X.device)
             T[:, start:end] = U @ ((U.T @ T[:, start:end]) * inside)
-        return found.addmm_(T, U_A[:, :c].T)
+        return torch.addmm(found, T, U_A[:, :c].T)
 
 
-def _blocks(count: int) -> list[tuple[int, int]]:
-    """[0, 1), [1, 3), [3, 7), … up to ``count``."""
-    starts = [2**k - 1 for k in range(count.bit_length())]
-    return [(start, min(2 * start + 1, count)) for start in starts if start < count]
+def _blocks(first: int, end: int) -> list[tuple[int, int]]:
+    """Blocks of 1, 2, 4, … from ``first``, the last one cut at ``end``."""
+    starts = [first + 2**k - 1 for k in range(max(end - first, 0).bit_length())]
+    return [(start, min(2 * start + 1 - first, end)) for start in starts if start < end]
 
 
 def _blocked(lengths: Tensor) -> Tensor:
     """(n + 1,): the sum of the first 0, 1, … n lengths, each taken as that of the first of its block."""
     sums = lengths.clone()
-    for start, end in _blocks(len(lengths)):
+    for start, end in _blocks(0, len(lengths)):
         sums[start:end] = lengths[start]
     return torch.cat([sums.new_zeros(1), sums.cumsum(0)])
 
@@ -423,7 +424,7 @@ class Subspace:
             return self._pivot.high(X, U_G, U_A)
         r, c = self._cross
         of_rows = U_G[:, :r] @ (U_G[:, :r].T @ X)
-        return of_rows.addmm_((X - of_rows) @ U_A[:, :c], U_A[:, :c].T)
+        return torch.addmm(of_rows, (X - of_rows) @ U_A[:, :c], U_A[:, :c].T)
 
     def share_outside(self, X: Tensor) -> float:
         """‖P(X) − X‖ / ‖X‖ in Frobenius norm, evaluated in float64; 0 for X = 0."""

@@ -1,0 +1,178 @@
+"""The forms of the projection: equal where they must be, minimal where they claim it, and known from the top alone."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crispedit import eigen
+from crispedit.errors import ConfigError
+from crispedit.subspace import Spectrum, Subspace, cross_threshold, energy_threshold
+from reference import project_by_equation_6, random_factor, relative
+
+ENERGIES = [0.0, 0.1, 0.5, 0.8, 0.95, 0.999]
+SHAPES = [(40, 90), (64, 33), (7, 9), (1, 7), (8, 1)]
+
+
+def power_law(n: int, p: float = 1.0) -> torch.Tensor:
+    return torch.arange(1, n + 1, dtype=torch.float64) ** -p
+
+
+def factors(d_out: int, d_in: int, p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    return random_factor(power_law(d_in, p), 0), random_factor(power_law(d_out, 0.83 * p), 1)
+
+
+def cross_by_search(alpha, beta, energy) -> int:
+    """The fewest pairs of any cross that holds the energy, by trying all of them."""
+    products = torch.outer(beta, alpha)
+    total, fewest = float(products.sum()), math.inf
+    for r in range(len(beta) + 1):
+        for c in range(len(alpha) + 1):
+            if total - float(products[r:, c:].sum()) >= energy * total * (1 - 1e-12):
+                fewest = min(fewest, r * len(alpha) + c * (len(beta) - r))
+    return int(fewest)
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
+def test_the_pivot_is_equation_6(d_out, d_in, energy):
+    """Float32 products of float32 bases: some 1e-7 of X, asked for to 1e-5."""
+    A, G = factors(d_out, d_in)
+    spectrum, X = Spectrum.of(A, G), torch.randn(d_out, d_in)
+    truth = project_by_equation_6(A, G, energy, X) if energy else X
+    for form in ("pivot", "equation6"):
+        subspace = Subspace.of(spectrum, energy, form)
+        assert subspace.form == form
+        assert (subspace.project(X) - truth).norm() <= 1e-5 * X.norm()
+        share = float((X - truth).norm() / X.norm())
+        assert subspace.share_outside(X) == pytest.approx(share, abs=1e-5)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    alpha=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    beta=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    energy=st.floats(0, 0.999),
+)
+def test_the_pivot_is_equation_6_on_any_staircase(alpha, beta, energy):
+    """Ties, zeros and staircases of every outline, in the identity's basis."""
+    A, G = (torch.tensor(sorted(v, reverse=True), dtype=torch.float64).diag() for v in (alpha, beta))
+    spectrum = Spectrum.of(A, G)
+    X = torch.randn(len(beta), len(alpha), generator=torch.Generator().manual_seed(0))
+    pivot, dense = (Subspace.of(spectrum, energy, form) for form in ("pivot", "equation6"))
+    assert (pivot.project(X) - dense.project(X)).norm() <= 1e-5 * X.norm()
+    assert pivot.share_outside(X) == pytest.approx(dense.share_outside(X), abs=1e-6)
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
+def test_the_cross_is_a_two_sided_projection_off_the_fewest_pairs(d_out, d_in, energy):
+    A, G = factors(d_out, d_in)
+    spectrum, X = Spectrum.of(A, G), torch.randn(d_out, d_in, dtype=torch.float64)
+    subspace = Subspace.of(spectrum, energy, "cross")
+    U_G, U_A = (torch.linalg.eigh(M)[1].flip(1) for M in (G, A))
+    r, c = subspace.threshold.cross
+    off_G = torch.eye(d_out, dtype=torch.float64) - U_G[:, :r] @ U_G[:, :r].T
+    off_A = torch.eye(d_in, dtype=torch.float64) - U_A[:, :c] @ U_A[:, :c].T
+    assert (subspace.project(X.float()) - off_G @ X @ off_A).norm() <= 1e-5 * X.norm()
+    assert subspace.threshold.num_high == cross_by_search(spectrum.alpha, spectrum.beta, energy)
+    high = torch.outer(spectrum.beta, spectrum.alpha)[subspace.mask == 0].sum()
+    assert subspace.threshold.captured == pytest.approx(float(high / (A.trace() * G.trace())), abs=1e-9)
+    assert subspace.threshold.captured >= energy - 1e-9
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    alpha=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    beta=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    energy=st.floats(1e-9, 0.999),
+)
+def test_no_cross_with_the_energy_is_smaller(alpha, beta, energy):
+    alpha, beta = (torch.tensor(sorted(v, reverse=True), dtype=torch.float64) for v in (alpha, beta))
+    found = cross_threshold(alpha, beta, energy)
+    assert found.num_high == int(found.counts.sum())
+    if float(alpha.sum() * beta.sum()) > 0:
+        assert found.num_high == pytest.approx(cross_by_search(alpha, beta, energy))
+    else:
+        assert found.num_high == 0
+
+
+def test_the_cross_of_the_design():
+    """Spectra that fall like 1/j at 4096 × 14336, γ = 0.8: r = 59, c = 201, 2.8 % of the pairs (design, section 3)."""
+    found = cross_threshold(power_law(14336), power_law(4096), 0.8)
+    assert found.cross == (59, 201)
+    assert found.num_high / (4096 * 14336) == pytest.approx(0.028, abs=5e-4)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.8, 0.9])
+def test_the_cross_is_known_from_the_top_alone(monkeypatch, energy):
+    """The partial spectrum gives the very cross of the complete one, proven by the traces, with a basis as good."""
+    monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
+    monkeypatch.setattr(eigen, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(eigen, "BLOCK", 8)
+    A, G = factors(120, 300, p=1.5)
+    whole, top = Spectrum.of(A, G), Spectrum.for_cross(A, G, energy)
+    assert not top.complete
+    assert len(top.alpha) < 60
+    expected, found = Subspace.of(whole, energy, "cross"), Subspace.of(top, energy)
+    assert found.form == "cross"
+    assert found.threshold.cross == expected.threshold.cross
+    assert found.threshold.captured == pytest.approx(expected.threshold.captured, abs=1e-12)
+    X = torch.randn(120, 300)
+    assert relative(found.project(X), expected.project(X)) < 1e-5
+    # ½⟨Δ, GΔA⟩ of what is left, the drift that the subspace predicts for a step
+    drifts = [float((P * (G @ P @ A)).sum()) / 2 for P in (s.project(X).double() for s in (found, expected))]
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-6)
+
+
+def test_a_partial_spectrum_refuses_what_it_does_not_know():
+    spectrum = Spectrum.of(*factors(30, 50))
+    first = {"alpha": spectrum.alpha[:5], "beta": spectrum.beta[:4]}
+    bases = {"input_basis": spectrum.input_basis[:, :5], "output_basis": spectrum.output_basis[:, :4]}
+    partial = Spectrum(**first, **bases, traces=spectrum.traces, residuals=spectrum.residuals)
+    with pytest.raises(ConfigError, match="form pivot needs all eigenvectors; this spectrum has only leading ones"):
+        Subspace.of(partial, 0.8, "pivot")
+    with pytest.raises(ConfigError, match=r"a cross at energy 0\.99 needs at least .* has 4 and 5: compute it for"):
+        Subspace.of(partial, 0.99)
+    with pytest.raises(ConfigError, match=r"form is 'pivott'.*did you mean 'pivot'"):
+        Subspace.of(spectrum, 0.8, "pivott")
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.8, 0.9, 0.99])
+@pytest.mark.parametrize("p", [0.8, 1.0, 1.5])
+def test_the_cheaper_exact_form_is_chosen(energy, p):
+    d_out, d_in = 256, 896
+    alpha, beta = power_law(d_in, p), power_law(d_out, p)
+    spectrum = Spectrum(
+        alpha=alpha, beta=beta, input_basis=torch.eye(d_in), output_basis=torch.eye(d_out),
+        traces=(float(alpha.sum()), float(beta.sum())), residuals=(0 * alpha, 0 * beta),
+    )  # fmt: skip
+    forms = {form: Subspace.of(spectrum, energy, form) for form in ("pivot", "equation6", "cross", "auto")}
+    assert forms["auto"].flops == min(forms["pivot"].flops, forms["equation6"].flops)
+    assert forms["pivot"].flops <= 1.01 * forms["equation6"].flops
+    assert forms["cross"].num_bytes < forms["pivot"].num_bytes <= forms["equation6"].num_bytes
+    exact = energy_threshold(alpha, beta, energy)
+    assert forms["cross"].threshold.num_high >= exact.num_high == forms["pivot"].threshold.num_high
+
+
+@pytest.mark.parametrize(("energy", "less"), [(0.8, 10), (0.9, 4)])
+def test_the_flops_of_the_pivot_at_full_size(energy, less):
+    """The design counts a tenth of eq. 6 at γ 0.8 and a fourth at 0.9, for spectra like 1/j and no blocks."""
+    from crispedit.subspace import _Pivot
+
+    d_out, d_in = 4096, 14336
+    pivot = _Pivot(energy_threshold(power_law(d_in), power_law(d_out), energy).counts, d_in)
+    assert 4 * d_out * d_in * (d_out + d_in) / pivot.flops >= less
+
+
+@pytest.mark.parametrize("form", ["pivot", "cross"])
+def test_the_flops_are_those_of_the_products(form):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    subspace = Subspace.of(Spectrum.of(*factors(60, 150)), 0.8, form)
+    X = torch.randn(60, 150)
+    with FlopCounterMode(display=False) as counter:
+        subspace.project(X)
+    assert counter.get_total_flops() == subspace.flops
