@@ -24,7 +24,7 @@ BOS, EOS = "<|begin|>", "<|end|>"
 VOCABULARY = 2560
 CONTEXT = 512  # tokens
 TOKENS_PER_STEP, BATCHES_PER_STEP = 2048, 2
-TOTAL_TOKENS = 6_000_000
+TOTAL_TOKENS = 6_600_000
 PROMPT_WEIGHT, TEXT_WEIGHT = 0.05, 0.2
 """Weights in the training loss of a prompt's tokens and of running text; an answer's tokens weigh 1.
 
