@@ -29,7 +29,7 @@ TRIAL = 3
 """Epochs of a trial of a learning rate."""
 ARRIVAL = 0.4
 """The share of the epochs in which the loss should fall to a tenth."""
-WORTH = 1.25
+WORTH = 1.3
 """Twice the learning rate must make the logarithm of the loss fall so many times as far, for the damage it does."""
 STEPS_PER_EPOCH = 8
 """An epoch has at least so many steps where the rows suffice (:func:`rows_per_step`)."""
