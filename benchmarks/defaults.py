@@ -126,7 +126,7 @@ def main() -> None:
         table(arguments.table)
         return
     edits = read_edits(arguments.edits, limit=arguments.limit)
-    done = runs.read(arguments.out) if arguments.out.exists() else []
+    done = runs.read(arguments.out)
     curvatures: dict[Any, Curvature] = {}
     names = ("layers", "energy", "lr", "epochs", "fisher", "texts", "settings", "seed")
     grid = itertools.product(

@@ -64,6 +64,19 @@ def build(family: str, size: str, vocabulary: int) -> Any:
     return transformers.AutoModelForCausalLM.from_config(FAMILIES[family](**shared, **shape))
 
 
+def trained(family: str, size: str, tokenizer: Any, tokens: int, kept: Path | None) -> Any:
+    """A model of a family and a size after some training, in evaluation mode; taken from ``kept`` if it is there."""
+    path = kept / f"{family}_{size}" if kept else None
+    if path and path.is_dir():
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = build(family, size, len(tokenizer))
+    print(f"{family}, {size}", file=sys.stderr, flush=True)
+    train.train(model, tokenizer, 0, tokens)
+    if path:
+        model.save_pretrained(path)
+    return model.eval()
+
+
 def run(case: dict[str, Any], model: Any, curvature: Curvature, tokenizer: Any, source: str) -> dict[str, Any]:
     """One edit with the defaults, measured by its own proof; the model is as before afterwards."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -81,7 +94,7 @@ def run(case: dict[str, Any], model: Any, curvature: Curvature, tokenizer: Any, 
         "capability_loss": metrics["capability"]["loss_base"],
         "last_loss": training["epoch_losses"][-1],
         "epochs_run": len(training["epoch_losses"]),
-        "rate_times_width": max(training["learning_rates"]) * max(f.A.shape[0] for f in curvature.factors.values()),
+        "rate_times_width": training["learning_rates"][0] * max(f.A.shape[0] for f in curvature.factors.values()),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -95,7 +108,7 @@ def table(path: Path) -> None:
             f"| {row['family']}, {row['size']} | {row['layers'][0]}–{row['layers'][-1]} of {row['blocks']} "
             f"| {row['count']} | {row['settings'] or ''} | {row['reliability']:.1f} | {row['generalization']:.1f} "
             f"| {row['drift']:.3f} | {row['capability_loss']:.2f} | {row['epochs_run']} "
-            f"| {row['rate_times_width']:.1f} |"
+            f"| {row['rate_times_width']:g} |"
         )
 
 
@@ -106,6 +119,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 10, 100])
     parser.add_argument("--tokens", type=int, default=1_500_000, help="of training before the edit; 0 for none")
+    parser.add_argument("--models", type=Path, help="keep trained models in this directory, and take them from it")
     arguments = parser.parse_args()
     if arguments.table:
         table(arguments.table)
@@ -113,10 +127,8 @@ def main() -> None:
     tokenizer = load_model(BUNDLED).tokenizer
     texts = split_texts(corpus.capability_texts(), seed=0)
     for family, size in itertools.product(arguments.families, arguments.sizes):
-        model = build(family, size, len(tokenizer))
-        print(f"{family}, {size}", file=sys.stderr, flush=True)
-        train.train(model, tokenizer, 0, arguments.tokens)
-        curvature = Curvature.estimate(model.eval(), tokenizer, texts)
+        model = trained(family, size, tokenizer, arguments.tokens, arguments.models)
+        curvature = Curvature.estimate(model, tokenizer, texts)
         for count, settings in itertools.product(arguments.counts, map(json.loads, arguments.set)):
             case = {"family": family, "size": size, "count": count, "tokens": arguments.tokens, "settings": settings}
             row = runs.record(arguments.out, case, partial(run, case, model, curvature, tokenizer, arguments.edits))

@@ -18,7 +18,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The finished runs in a file."""
+    """The finished runs in a file; none where there is no file yet."""
+    if not path.is_file():
+        return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -22,15 +22,15 @@ from .models import EditMatrix
 from .rows import EditRow, collate
 from .subspace import Subspace
 
-START, LIMIT = 2.0, 16.0
-"""The first learning rate that ``auto`` tries and the highest, both times d_in (a step of Adam moves an output by about
-rate × d_in × mean |a|). The paper's 5e-4 at 8B is 7.2."""
+LOWEST, START, LIMIT = 0.25, 2.0, 16.0
+"""The lowest learning rate that ``auto`` tries, the first and the highest, times d_in: a step of Adam moves an output
+by about rate × d_in × mean |a|. The paper's 5e-4 at 8B is 7.2."""
 TRIAL = 3
 """Epochs of a trial of a learning rate."""
 ARRIVAL = 0.4
 """The share of the epochs in which the loss should fall to a tenth."""
-WORTH = 1.25
-"""Twice the learning rate must make the logarithm of the loss fall so many times as far."""
+WORTH = 1.3
+"""Twice the learning rate must make the logarithm of the loss fall so many times as far, for the damage it does."""
 STEPS_PER_EPOCH = 8
 """An epoch has at least so many steps where the rows suffice (:func:`rows_per_step`)."""
 STOP_LOSS = 0.01
@@ -193,15 +193,21 @@ def too_slow(losses: Sequence[float], epochs: int) -> bool:
     return fell < math.log(10 * now / first) / (ARRIVAL * epochs - len(losses))
 
 
-def pays(losses: Sequence[float], faster: Sequence[float]) -> bool:
-    """Whether twice the rate brought the loss down by so much more in a trial that it is worth the damage.
+def progress_ratio(losses: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as far another learning rate brought the logarithm of the loss down in a trial.
 
     Args:
-        losses: Mean losses of the epochs at the lower rate.
-        faster: Those at the higher one, from the same start and over the same batches.
+        losses: Mean losses of the epochs at one rate.
+        others: Those at the other, from the same start and over the same batches.
+
+    Returns:
+        The ratio, counted from the first epoch of ``losses``; where those did not fall, infinity or 0.
     """
-    first, slow, fast = (max(loss, 1e-9) for loss in (losses[0], losses[-1], faster[-1]))
-    return math.log(first / fast) > WORTH * max(math.log(first / slow), 0.0)
+    first, one, other = (max(loss, 1e-9) for loss in (losses[0], losses[-1], others[-1]))
+    fell, other_fell = math.log(first / one), math.log(first / other)
+    if fell <= 0:
+        return math.inf if other < one else 0.0
+    return other_fell / fell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,25 +291,32 @@ class _Run:
 
 
 def _at_found_rate(loop: _Loop, starts: Sequence[Tensor], epochs: int) -> Trace:
-    """The run at the rate that a short search finds."""
+    """The run at the rate that a short search finds; see :func:`fine_tune`."""
     d_in = max(matrix.shape[1] for matrix in loop.matrices)
     run = _Run(loop, starts, START / d_in)
     if ARRIVAL * epochs <= TRIAL:
         return run.until(epochs, "edit", epochs, halve=True)
-    trace = run.until(TRIAL, "edit", epochs)
-    trials = [Trial(run.rate, list(trace.epoch_losses))]
-    while not trace.stopped_early and too_slow(trace.epoch_losses, epochs) and 2 * run.rate <= LIMIT / d_in:
-        faster = _Run(loop, starts, 2 * run.rate)
-        try:
-            faster.until(TRIAL, f"trial at lr {faster.rate:.1e}", TRIAL)
-            better = pays(trace.epoch_losses, faster.trace.epoch_losses)
-        except NumericsError:
-            better = False
-        trials.append(Trial(faster.rate, list(faster.trace.epoch_losses)))
-        if not better:
-            run = _Run(loop, starts, run.rate)
-            break
-        run, trace = faster, faster.trace
+    best = run.until(TRIAL, "edit", epochs)
+    trials = [Trial(run.rate, list(best.epoch_losses))]
+    for factor, worth in ((2.0, WORTH), (0.5, 1.0)):
+        if best.rates[0] > START / d_in:
+            break  # a higher rate was taken
+        while not best.stopped_early and too_slow(best.epoch_losses, epochs):
+            rate = factor * best.rates[0]
+            if not LOWEST <= rate * d_in <= LIMIT:
+                break
+            run = _Run(loop, starts, rate)
+            try:
+                other = run.until(TRIAL, f"trial at lr {rate:.1e}", TRIAL)
+            except NumericsError:
+                other = run.trace
+            trials.append(Trial(rate, list(other.epoch_losses)))
+            done = len(other.epoch_losses) == TRIAL or other.stopped_early
+            if not done or progress_ratio(best.epoch_losses, other.epoch_losses) < worth:
+                break
+            best = other
+    if run.trace is not best:
+        run = _Run(loop, starts, best.rates[0])
     trace = run.until(epochs, "edit", epochs, halve=True)
     trace.trials = trials
     return trace
@@ -324,11 +337,11 @@ def fine_tune(
 ) -> Trace:
     """Fine-tunes the matrices in place with Adam, each through its update rule.
 
-    With ``lr`` "auto" the rate is :data:`START` / d_in, doubled as long as a trial of :data:`TRIAL` epochs says
-    that the loss falls too slowly to arrive (:func:`too_slow`) *and* that twice the rate makes it fall faster by
-    what that is worth (:func:`pays`); later it is halved whenever the loss rises by more than 5 %. A rate that
-    suits one model wrecks another; of two rates that both arrive, the lower one damages less; and a model that
-    cannot learn the edits well at any rate is not to be pushed to the highest. Measured in docs/decisions.md.
+    With ``lr`` "auto" the rate is :data:`START` / d_in. If trials of :data:`TRIAL` epochs say that the loss falls
+    too slowly to arrive (:func:`too_slow`), the rate is doubled as long as that makes the loss fall faster by
+    :data:`WORTH`; or else halved as long as the loss falls as far. Later it is halved whenever the loss rises by
+    more than 5 %. A rate that suits one model wrecks another; of two rates that arrive, the lower one damages
+    less; and a model that learns the edits badly at any rate is not to be pushed. Measured in docs/decisions.md.
 
     Args:
         model: A causal LM, its matrices inside :func:`float32_masters`.
