@@ -34,6 +34,7 @@ def test_the_proof(result):
     assert metrics["before"]["reliability"] == 0
     assert metrics["after"]["reliability"] == 100
     assert metrics["capability"]["drift"] > 0
+    assert metrics["seconds"]["curvature"] > 0
     assert metrics["rounding"]["dtype"] == "float16"
     assert 0 < metrics["rounding"]["survived"] <= 1
     for change in metrics["matrices"]:

@@ -15,6 +15,7 @@ labels *sampled from the model* (``fisher="mc"``). With the texts' own next toke
 Fisher (``fisher="empirical"``), a different matrix, and the one that the published code computes.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -208,6 +209,7 @@ class Curvature:
         texts: Where the texts came from (:meth:`crispedit.texts.CapabilityTexts.manifest`).
         seed: Of sampled labels.
         path: The directory it was read from or written to.
+        seconds: What estimating it took; 0 when it was read from disk.
     """
 
     factors: Mapping[str, Factors]
@@ -219,6 +221,7 @@ class Curvature:
     texts: Mapping[str, Any]
     seed: int
     path: Path | None = None
+    seconds: float = 0.0
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -250,6 +253,7 @@ class Curvature:
             The curvature; spectra are computed when first asked for.
         """
         check_fisher(fisher)
+        started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
         batches = text_batches(model, tokenizer, divided.fit)
@@ -263,6 +267,7 @@ class Curvature:
             held_out=divided.held_out,
             texts=divided.manifest(),
             seed=seed,
+            seconds=time.monotonic() - started,
         )
 
     def spectrum(self, name: str) -> Spectrum:

@@ -175,7 +175,6 @@ def edit(
     if texts is not None and not isinstance(texts, CapabilityTexts):
         texts = split_texts(texts, seed=seed)
     provenance = _provenance(model, model_name, edit_set)
-    started = time.monotonic()
     if curvature is None and texts is not None and getattr(config, "energy", 1) > 0:
         chosen = [m.layer for m in matrices]
         curvature = Curvature.estimate(
@@ -187,7 +186,6 @@ def edit(
     if texts is not None:
         provenance["texts"] = texts.manifest()
     held_out = _held_out(model, tokenizer, curvature, texts)
-    curvature_seconds = time.monotonic() - started
 
     problem = EditProblem(
         model=model,
@@ -202,7 +200,10 @@ def edit(
     dtype = stored_dtype or model.dtype
     with frozen(model):
         proved = _edit_and_prove(problem, module, config, prompter, asked, held_out, dtype)
-    proved.metrics["seconds"] = {"curvature": round(curvature_seconds, 2), **proved.metrics["seconds"]}
+    proved.metrics["seconds"] = {
+        "curvature": round(curvature.seconds if curvature else 0.0, 2),
+        **proved.metrics["seconds"],
+    }
     run = {"editor": editor, "layers": [m.layer for m in matrices], "seed": seed, "chat": chat, "eos": eos}
     return EditResult(
         model=model,
