@@ -47,10 +47,6 @@ class Eigenpairs:
         """N."""
         return len(self.vectors)
 
-    def at_most(self) -> Tensor:
-        """(n,): the spectrum, what is unknown taken for as large as it may be."""
-        return at_most(self.values, self.trace, self.size)
-
     def projector_error(self, count: int) -> float:
         """A bound on ‖P − P'‖_F for the orthogonal projectors onto the first ``count`` vectors, found and true.
 

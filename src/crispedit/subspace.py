@@ -97,9 +97,10 @@ class Spectrum:
         columns, rows = (8, 8) if start is None else (len(start.alpha) - 1, len(start.beta) - 1)
         while True:
             inputs, outputs = solvers[0].top(columns), solvers[1].top(rows)
-            r, c = cross_threshold(inputs.at_most(), outputs.at_most(), energy).cross or (0, 0)
+            spectrum = cls._of_pairs(inputs, outputs)
+            r, c = cross_threshold(*spectrum.at_most(), energy).cross or (0, 0)
             if c <= len(inputs) and r <= len(outputs):
-                return cls._of_pairs(inputs, outputs)
+                return spectrum
             # what is unknown was taken for as large as it may be: the true cross is no smaller
             if c > len(inputs):
                 columns = max(c, columns + columns // 2)
