@@ -31,10 +31,11 @@ from . import __version__
 from .artifacts import read_json, write_directory, write_json
 from .errors import ArtifactError, ConfigError, ModelError, NumericsError, did_you_mean
 from .models import EditMatrix, edit_matrices, fingerprint, frozen
-from .subspace import Spectrum
+from .subspace import Spectrum, Subspace
 from .texts import CapabilityTexts, TokenBatch, next_tokens, split_texts, text_batches
 
 Fisher = Literal["mc", "empirical"]
+Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 FORMAT = 1
@@ -115,6 +116,41 @@ def _recorded(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, tuple[Tensor
             handle.remove()
 
 
+def _passes(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    fisher: Fisher,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
+    """A forward and a backward pass per batch, down to the matrices' outputs.
+
+    Yields:
+        Which positions predict a token, (rows, length) bool; and per matrix name the inputs (rows, length, d_in) and
+        the gradients at the outputs (rows, length, d_out) of the loss, summed over a sequence's tokens.
+
+    Raises:
+        NumericsError: The loss is not finite.
+    """
+    device = model.get_input_embeddings().weight.device
+    with frozen(model), _recorded(matrices) as records, torch.enable_grad():
+        for number, batch in enumerate(batches):
+            batch = batch.to(device)
+            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
+            labels = next_tokens(batch).to(logits.device)
+            predicted = labels != -100
+            if fisher == "mc":
+                labels[predicted] = _sample(logits.detach()[predicted], generator)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
+            found = {m.name: (records[m.name][0], g) for m, g in zip(matrices, gradients, strict=True)}
+            records.clear()
+            if not torch.isfinite(loss):
+                layers = ", ".join(str(m.layer) for m in matrices)
+                raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
+            yield predicted, found
+
+
 def estimate_factors(
     model: Any,
     matrices: Sequence[EditMatrix],
@@ -145,31 +181,60 @@ def estimate_factors(
         NumericsError: An activation or a gradient is not finite.
     """
     sums = {m.name: FactorSums(m.shape, m.parameter.device) for m in matrices}
-    device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
-    with frozen(model), _recorded(matrices) as records, torch.enable_grad():
-        for number, batch in enumerate(batches):
-            batch = batch.to(device)
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-            labels = next_tokens(batch).to(logits.device)
-            predicted = labels != -100
-            if fisher == "mc":
-                labels[predicted] = _sample(logits.detach()[predicted], generator)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
-            for matrix, gradient in zip(matrices, gradients, strict=True):
-                counted = predicted.to(gradient.device)
-                sums[matrix.name].add(records[matrix.name][0][counted], gradient[counted])
-            records.clear()
-            if not torch.isfinite(loss):
-                layers = ", ".join(str(m.layer) for m in matrices)
-                raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
-            progress("curvature", number + 1, len(batches))
+    for number, (predicted, found) in enumerate(_passes(model, matrices, batches, fisher, generator)):
+        for name, (inputs, gradients) in found.items():
+            counted = predicted.to(gradients.device)
+            sums[name].add(inputs[counted], gradients[counted])
+        progress("curvature", number + 1, len(batches))
     factors = {name: total.mean() for name, total in sums.items()}
     for name, of_matrix in factors.items():
         if not (torch.isfinite(of_matrix.A).all() and torch.isfinite(of_matrix.G).all()):
             raise NumericsError(f"the curvature factors of {name} are not finite; load the model with --dtype float32")
     return factors
+
+
+def estimate_second_moments(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    spectra: Mapping[str, Spectrum],
+    *,
+    fisher: Fisher = "mc",
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information in the Kronecker eigenbasis, measured: EK-FAC (George et al. 2018).
+
+    ∇W is the gradient of one sequence's loss, summed over its tokens, so that what tokens of a sequence have in
+    common counts, which K-FAC leaves out.
+
+    Args:
+        model: A causal LM.
+        matrices: The matrices of interest.
+        batches: Right-padded token rows.
+        spectra: By matrix name; complete.
+        fisher: See :func:`estimate_factors`, like the next two.
+        seed: See there.
+        progress: See there.
+
+    Returns:
+        By matrix name, (d_out, d_in) float32: E[(U_Gᵀ ∇W U_A)²_ij], divided by tokens as the factors are.
+    """
+    bases = {m.name: spectra[m.name].to(m.parameter.device) for m in matrices}
+    sums = {m.name: torch.zeros(m.shape, device=m.parameter.device) for m in matrices}
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = 0
+    for number, (predicted, found) in enumerate(_passes(model, matrices, batches, fisher, generator)):
+        num_tokens += int(predicted.sum())
+        for name, (inputs, gradients) in found.items():
+            counted = predicted.to(gradients.device)
+            for row, of_row in enumerate(counted):
+                a = inputs[row][of_row].float() @ bases[name].input_basis
+                g = gradients[row][of_row].float() @ bases[name].output_basis
+                sums[name] += (g.T @ a).square()
+        progress("second moments", number + 1, len(batches))
+    return {name: total / num_tokens for name, total in sums.items()}
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -210,6 +275,7 @@ class Curvature:
         seed: Of sampled labels.
         path: The directory it was read from or written to.
         seconds: What estimating it took; 0 when it was read from disk.
+        second_moments: By matrix name, where they were measured; see :func:`estimate_second_moments`.
     """
 
     factors: Mapping[str, Factors]
@@ -222,7 +288,9 @@ class Curvature:
     seed: int
     path: Path | None = None
     seconds: float = 0.0
+    second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+    _subspaces: dict[tuple[str, float, Constraint], Subspace] = field(default_factory=dict, repr=False)
 
     @classmethod
     def estimate(
@@ -270,12 +338,62 @@ class Curvature:
             seconds=time.monotonic() - started,
         )
 
+    def subspace(self, name: str, energy: float, constraint: Constraint = "staircase") -> Subspace:
+        """The low-curvature subspace of one matrix.
+
+        Args:
+            name: The matrix.
+            energy: γ in [0, 1).
+            constraint: What is left out: the pairs of largest curvature (``staircase``), a ``cross`` of the same
+                energy, the pairs of largest measured curvature (``ekfac``), or directions of the inputs alone
+                (``inputs``, G = I: Adam-NSCL).
+
+        Returns:
+            The subspace, in the cheapest exact form.
+
+        Raises:
+            ConfigError: There is no such constraint, ``energy`` is outside [0, 1), or there are no second moments.
+        """
+        key = (name, energy, constraint)
+        if key not in self._subspaces:
+            self._subspaces[key] = self._subspace(*key)
+        return self._subspaces[key]
+
+    def _subspace(self, name: str, energy: float, constraint: Constraint) -> Subspace:
+        spectrum = self.spectrum(name)
+        if constraint == "ekfac":
+            if name not in self.second_moments:
+                raise ConfigError("constraint ekfac needs second moments: call Curvature.measure_second_moments first")
+            return Subspace.of_table(spectrum, self.second_moments[name], energy)
+        if constraint == "inputs":
+            return Subspace.of(spectrum.of_inputs(), energy)
+        return Subspace.of(spectrum, energy, "cross" if constraint == "cross" else "auto")
+
     def spectrum(self, name: str) -> Spectrum:
         """The spectrum of one matrix's factors, diagonalised once."""
         if name not in self._spectra:
             factors = self.factors[name]
             self._spectra[name] = Spectrum.of(factors.A, factors.G)
         return self._spectra[name]
+
+    def measure_second_moments(
+        self, model: Any, tokenizer: Any, texts: Sequence[str], *, progress: Progress = no_progress
+    ) -> None:
+        """Measures what ``constraint="ekfac"`` needs, in :attr:`second_moments`; they are not saved.
+
+        Args:
+            model: The model that the factors are of.
+            tokenizer: Its tokenizer.
+            texts: Those of the factors, or others.
+            progress: Called after every batch.
+        """
+        matrices = edit_matrices(model, self.layers)
+        self.check_model(model, matrices)
+        batches = text_batches(model, tokenizer, texts)
+        spectra = {m.name: self.spectrum(m.name) for m in matrices}
+        self.second_moments = estimate_second_moments(
+            model, matrices, batches, spectra, fisher=self.fisher, seed=self.seed, progress=progress
+        )
 
     @property
     def num_tokens(self) -> int:

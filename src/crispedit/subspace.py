@@ -107,6 +107,18 @@ class Spectrum:
             if r > len(outputs):
                 rows = max(r, rows + rows // 2)
 
+    def of_inputs(self) -> "Spectrum":
+        """The spectrum of A alone, with G = I: the constraint of Adam-NSCL (arXiv 2103.15526)."""
+        d_out = self.shape[0]
+        ones = torch.ones(d_out, dtype=self.beta.dtype, device=self.beta.device)
+        return replace(
+            self,
+            beta=ones,
+            output_basis=torch.eye(d_out, device=self.output_basis.device),
+            traces=(self.traces[0], float(d_out)),
+            residuals=(self.residuals[0], torch.zeros_like(ones)),
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)."""
@@ -145,8 +157,9 @@ class Threshold:
         tau: The k-th largest curvature λ; pairs with λ ≥ tau are high. ``inf`` when k is 0; ``None`` for a cross.
         num_high: How many pairs are high: k, and all pairs tied with the k-th; or those of the cross.
         captured: Share of the total energy tr(A)·tr(G) that the high pairs hold.
-        counts: (d_out,) int64; row i of the staircase has its first ``counts[i]`` pairs high.
+        counts: (d_out,) int64; row i has ``counts[i]`` high pairs, its first ones if the pairs are a staircase.
         cross: (r, c) if the staircase is a cross.
+        table: (d_out, d_in) bool, true where a pair is high, if the pairs are no staircase.
     """
 
     tau: float | None
@@ -154,6 +167,7 @@ class Threshold:
     captured: float
     counts: Tensor
     cross: tuple[int, int] | None = None
+    table: Tensor | None = None
 
 
 def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
@@ -241,6 +255,32 @@ def cross_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
     counts[:r] = d_in
     captured = 1 - float(left_of_G[r] * left_of_A[c])
     return Threshold(tau=None, num_high=int(counts.sum()), captured=captured, counts=counts, cross=(r, c))
+
+
+def table_threshold(curvatures: Tensor, energy: float) -> Threshold:
+    """Cuts curvatures that are no products at an energy, by sorting: those measured by EK-FAC, say.
+
+    Args:
+        curvatures: (d_out, d_in), not negative.
+        energy: γ in [0, 1). 0 makes no pair high.
+
+    Returns:
+        The threshold, with a table. With equal curvatures at the cut, all of them are high.
+
+    Raises:
+        ConfigError: ``energy`` is outside [0, 1).
+    """
+    check_energy(energy)
+    ordered = curvatures.double().flatten().sort(descending=True).values
+    sums = ordered.cumsum(0)
+    if energy * float(sums[-1]) == 0:
+        tau, table = float("inf"), torch.zeros_like(curvatures, dtype=torch.bool)
+        return Threshold(tau=tau, num_high=0, captured=0.0, counts=table.sum(1), table=table)
+    k = min(int(torch.searchsorted(sums, energy * sums[-1])), len(sums) - 1)
+    table = curvatures.double() >= ordered[k]
+    num_high = int(table.sum())
+    captured = float(sums[num_high - 1] / sums[-1])
+    return Threshold(tau=float(ordered[k]), num_high=num_high, captured=captured, counts=table.sum(1), table=table)
 
 
 def _left(values: Tensor) -> Tensor:
@@ -365,6 +405,25 @@ class Subspace:
         subspaces = [cls(spectrum=spectrum, threshold=threshold, form=f) for f in ("pivot", "equation6")]
         return min((s for s in subspaces if form in ("auto", s.form)), key=lambda s: s.flops)
 
+    @classmethod
+    def of_table(cls, spectrum: Spectrum, curvatures: Tensor, energy: float) -> "Subspace":
+        """The subspace of curvatures measured pair by pair in a Kronecker eigenbasis (EK-FAC; George et al. 2018).
+
+        Args:
+            spectrum: The bases, complete; its eigenvalues play no part.
+            curvatures: (d_out, d_in), not negative; see :func:`crispedit.curvature.estimate_second_moments`.
+            energy: γ in [0, 1).
+
+        Returns:
+            The subspace that leaves out the largest curvatures, in the form of eq. 6.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1), or the spectrum has only leading eigenvectors.
+        """
+        if not spectrum.complete:
+            raise ConfigError("measured curvatures need all eigenvectors; this spectrum has only leading ones")
+        return cls(spectrum=spectrum, threshold=table_threshold(curvatures, energy), form="equation6")
+
     def to(self, device: torch.device) -> "Subspace":
         """The subspace with its bases on another device."""
         return replace(self, spectrum=self.spectrum.to(device))
@@ -400,8 +459,26 @@ class Subspace:
     @cached_property
     def mask(self) -> Tensor:
         """M of the paper's eq. 6: (d_out, d_in) float32, 1 where a pair has low curvature."""
-        counts = self.threshold.counts.to(self.spectrum.input_basis.device)
+        device = self.spectrum.input_basis.device
+        if self.threshold.table is not None:
+            return (~self.threshold.table).float().to(device)
+        counts = self.threshold.counts.to(device)
         return (torch.arange(self.shape[1], device=counts.device) >= counts[:, None]).float()
+
+    @cached_property
+    def shrinkage(self) -> Tensor:
+        """F_ij = μ / (λ_ij + μ) with μ = τ: a soft mask, (d_out, d_in) float32, one half where the mask is cut.
+
+        Raises:
+            ConfigError: The subspace is a cross or measured, which no threshold of products cuts.
+        """
+        tau, spectrum = self.threshold.tau, self.spectrum
+        if tau is None or self.threshold.table is not None:
+            raise ConfigError("a soft mask needs a threshold on products of eigenvalues: use constraint staircase")
+        if tau == float("inf"):
+            return torch.ones_like(self.mask)
+        products = torch.outer(spectrum.beta, spectrum.alpha)
+        return (tau / (products + tau)).float().to(self.mask.device)
 
     def to_coordinates(self, X: Tensor) -> Tensor:
         """U_Gᵀ X U_A, the coordinates of ``X`` (d_out, d_in) in the Kronecker eigenbasis, unmasked."""
