@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from crispedit.curvature import estimate_factors
 from crispedit.errors import NumericsError
+from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, frozen
 from crispedit.rows import EditRow
 from crispedit.subspace import Spectrum, Subspace

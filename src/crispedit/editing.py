@@ -21,12 +21,13 @@ from torch import Tensor
 from . import __version__
 from .artifacts import write_directory, write_json
 from .checkpoint import RECORD, Form, round_to, write_delta, write_model
-from .curvature import Constraint, Curvature, Progress, no_progress
+from .curvature import Constraint, Curvature
 from .editors import find_editor
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
+from .progress import Progress, no_progress
 from .proof import (
     PROOF_EDITS,
     Example,
@@ -182,7 +183,7 @@ def edit(
             model, tokenizer, texts, layers=chosen, seed=seed, model_name=model_name, progress=progress
         )
     if curvature is not None:
-        curvature.check_model(model, matrices)
+        curvature.check_model(model, matrices, tokenizer)
         provenance |= {"texts": dict(curvature.texts), "curvature": curvature.manifest(with_texts=False)}
     if texts is not None:
         provenance["texts"] = texts.manifest()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .capability import Drift, Logits, logits_of, measure_drift
-from .curvature import Progress
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
+from .progress import Progress
 from .rows import EditRow
 from .subspace import Subspace
 from .texts import TokenBatch

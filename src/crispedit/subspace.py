@@ -72,7 +72,7 @@ class Spectrum:
         Raises:
             NumericsError: A number is not finite.
         """
-        return cls._of_pairs(*(full_eigenpairs(M, name) for M, name in ((A, "A"), (G, "G"))))
+        return cls.of_pairs(*(full_eigenpairs(M, name) for M, name in ((A, "A"), (G, "G"))))
 
     @classmethod
     def for_cross(cls, A: Tensor, G: Tensor, energy: float, *, start: "Spectrum | None" = None) -> "Spectrum":
@@ -97,7 +97,7 @@ class Spectrum:
         columns, rows = (8, 8) if start is None else (len(start.alpha) - 1, len(start.beta) - 1)
         while True:
             inputs, outputs = solvers[0].top(columns), solvers[1].top(rows)
-            spectrum = cls._of_pairs(inputs, outputs)
+            spectrum = cls.of_pairs(inputs, outputs)
             r, c = cross_threshold(*spectrum.at_most(), energy).cross or (0, 0)
             if c <= len(inputs) and r <= len(outputs):
                 return spectrum
@@ -133,12 +133,21 @@ class Spectrum:
         """(d_in,) and (d_out,): both spectra, what is unknown taken for as large as the traces allow."""
         return at_most(self.alpha, self.traces[0], self.shape[1]), at_most(self.beta, self.traces[1], self.shape[0])
 
+    def spread_out(self) -> tuple[Tensor, Tensor]:
+        """(d_in,) and (d_out,): both spectra, what is unknown spread evenly, so that it pays as little as may be."""
+        alpha, beta = (
+            torch.cat([values, values.new_full((n - len(values),), max(trace - float(values.sum()), 0) / max(n, 1))])
+            for values, trace, n in zip((self.alpha, self.beta), self.traces, self.shape[::-1], strict=True)
+        )
+        return alpha, beta
+
     def to(self, device: torch.device) -> "Spectrum":
         """The spectrum with its bases on another device; the eigenvalues stay where they are."""
         return replace(self, input_basis=self.input_basis.to(device), output_basis=self.output_basis.to(device))
 
     @classmethod
-    def _of_pairs(cls, inputs: Eigenpairs, outputs: Eigenpairs) -> "Spectrum":
+    def of_pairs(cls, inputs: Eigenpairs, outputs: Eigenpairs) -> "Spectrum":
+        """The spectrum of eigenpairs of A and of G."""
         return cls(
             alpha=inputs.values,
             beta=outputs.values,
@@ -344,6 +353,31 @@ class _Pivot:
         return torch.addmm(found, T, U_A[:, :c].T)
 
 
+def cross_overlap(one: "Subspace", other: "Subspace") -> float:
+    """How far the directions that two crosses leave out are the same: tr(Q Q') / √(tr Q · tr Q').
+
+    With P_G and P_A the projectors onto leading eigenvectors, Q = I − (I − P_G) ⊗ (I − P_A), so that all traces come
+    from the small products of the bases.
+
+    Args:
+        one: A subspace in the form of a cross.
+        other: Another, of the same shape.
+
+    Returns:
+        1 for the same directions; for unrelated ones the share of all directions that they take; 1 for two of none.
+    """
+    (r, c), (s, t) = (subspace.threshold.cross or (0, 0) for subspace in (one, other))
+    d_out, d_in = one.shape
+    bases = (one.spectrum.output_basis[:, :r].T, other.spectrum.output_basis[:, :s].to(one.spectrum.output_basis))
+    in_outputs = float((bases[0] @ bases[1]).square().sum())
+    bases = (one.spectrum.input_basis[:, :c].T, other.spectrum.input_basis[:, :t].to(one.spectrum.input_basis))
+    in_inputs = float((bases[0] @ bases[1]).square().sum())
+    sizes = [d_out * d_in - (d_out - i) * (d_in - j) for i, j in ((r, c), (s, t))]
+    neither = (d_out - r - s + in_outputs) * (d_in - c - t + in_inputs)
+    shared = sum(sizes) - d_out * d_in + neither
+    return shared / (sizes[0] * sizes[1]) ** 0.5 if all(sizes) else float(sizes[0] == sizes[1])
+
+
 def _blocks(first: int, end: int) -> list[tuple[int, int]]:
     """Blocks of 1, 2, 4, … from ``first``, the last one cut at ``end``."""
     starts = [first + 2**k - 1 for k in range(max(end - first, 0).bit_length())]
@@ -393,6 +427,10 @@ class Subspace:
         if form == "cross" or (form == "auto" and not spectrum.complete):
             threshold = cross_threshold(*spectrum.at_most(), energy)
             r, c = threshold.cross or (0, 0)
+            if r > len(spectrum.beta) or c > len(spectrum.alpha):
+                # a smaller cross might exist among what is unknown; one of what is known will do as well
+                threshold = cross_threshold(*spectrum.spread_out(), energy)
+                r, c = threshold.cross or (0, 0)
             if r > len(spectrum.beta) or c > len(spectrum.alpha):
                 raise ConfigError(
                     f"a cross at energy {energy} needs at least {r} eigenvectors of G and {c} of A; this spectrum has "

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .curvature import Progress, no_progress
 from .errors import NumericsError
 from .models import EditMatrix
+from .progress import Progress, no_progress
 from .rows import EditRow, collate
 from .updates import UpdateRule
 
