@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
     "_version errors artifacts bundled edits models texts eigen subspace curvature cache rows training editors "
-    "generation judge wild capability checkpoint proof editing evaluation jobs demo console cli"
+    "generation judge wild capability checkpoint proof editing evaluation jobs demo plot console cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 
