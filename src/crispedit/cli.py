@@ -79,6 +79,8 @@ def curvature(
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file.")] = None,
+    energy: Annotated[float, typer.Option(help="γ in [0, 1), marked in the plot and in the table.")] = 0.9,
     json: Json = None,
 ) -> None:
     """Compute the curvature of a model's capability loss, for any number of later edits."""
@@ -86,16 +88,21 @@ def curvature(
     from .artifacts import check_writable
     from .curvature import Curvature, check_fisher
     from .models import parse_layers
+    from .subspace import check_energy, energy_threshold
 
     check_writable(out, overwrite=overwrite)
     check_fisher(fisher)
+    check_energy(energy)
+    if plot is not None:
+        from .plot import check_plot
+
+        check_plot(plot)
     chosen = parse_layers(layers) if layers is not None else None
     divided = _texts(model, texts, samples, seed)
     if divided is None:
         raise TextsError("no capability texts: give --texts FILE (.jsonl, .json or .txt)")
     from . import cache
     from .console import print_table
-    from .subspace import energy_threshold
 
     with _bars() as progress:
         loaded = _load(model, device, dtype, device_map, trust_remote_code)
@@ -112,16 +119,20 @@ def curvature(
         spectra = {name: found.spectrum(name) for name in found.factors}
     found.save(out, overwrite=overwrite)
     cache.keep(found)
-    rows = []
+    if plot is not None:
+        from .plot import draw_curvature
+
+        draw_curvature(found, energy, plot)
+    rows, energies = [], sorted({0.5, 0.8, 0.9, energy})
     for name, spectrum in spectra.items():
         size = len(spectrum.alpha) * len(spectrum.beta)
-        shares = [energy_threshold(spectrum.alpha, spectrum.beta, e).num_high / size for e in (0.5, 0.8, 0.9)]
+        shares = [energy_threshold(spectrum.alpha, spectrum.beta, e).num_high / size for e in energies]
         rows.append([name, *(f"{100 * share:.2f}" for share in shares)])
     title = f"Share of directions (%) that hold an energy, {found.fisher} Fisher, {found.num_tokens:,} tokens"
-    print_table(title, ["", "0.5", "0.8", "0.9"], rows)
+    print_table(title, ["", *(f"{e:g}" for e in energies)], rows)
     from .console import out as stdout
 
-    stdout.print(f"the curvature is in {out}", soft_wrap=True)
+    stdout.print(f"the curvature is in {out}" + (f", its picture in {plot}" if plot else ""), soft_wrap=True)
     _write_json(json, found.manifest(with_texts=False))
 
 
