@@ -1,6 +1,7 @@
 """The picture of a curvature: its numbers against brute force, its file, and spectra at the edge of what there is."""
 
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from crispedit import cli
 from crispedit.curvature import Curvature, Factors
 from crispedit.errors import ArtifactError, ConfigError
-from crispedit.plot import Points, boundary, draw_curvature, figure_of
+from crispedit.plot import Points, _log, boundary, draw_curvature, figure_of
 from crispedit.subspace import Spectrum
 
 
@@ -255,6 +256,20 @@ def test_headings_stay_within_their_panels():
         assert (
             legend.get_window_extent().x1 <= axes.get_window_extent().x1 + 0.3 * figure.dpi
         )  # the next is 0.9 inches off
+
+
+def test_labels_of_the_largest_matrices_do_not_touch():
+    figure = figure_of(curvature_of(matrix=SMALL), 0.9)
+    _log(figure.axes[1], "x", 0.5, 53_248.5)
+    _log(figure.axes[2], "x", 100 / (16_384 * 53_248) / 1.5, 150)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        low, high = axes.get_window_extent().x0, axes.get_window_extent().x1
+        boxes = [box for box in boxes if low <= (box.x0 + box.x1) / 2 <= high]
+        assert boxes
+        for left, right in pairwise(boxes):
+            assert left.x1 + 2 < right.x0
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):

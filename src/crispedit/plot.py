@@ -8,6 +8,7 @@ The numbers (:class:`Points`) are computed apart from the drawing. matplotlib is
 imported only by what draws.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -326,7 +327,8 @@ def _log(axes: "Axes", which: str, low: float, high: float) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     axis.set_major_locator(LogLocator(numticks=20))
-    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    # long decimals would run into each other: a large matrix has pairs that are a hundred-thousandth of a per cent
+    axis.set_major_formatter(lambda value, _: f"{value:,g}" if value > 5e-4 else f"$10^{{{math.log10(value):.0f}}}$")
     axis.set_minor_formatter(NullFormatter())
 
 
