@@ -3,26 +3,16 @@
 import pytest
 import torch
 
+from builders import curvature_of
 from crispedit import cache
-from crispedit.curvature import Curvature, describe
+from crispedit.curvature import Curvature
 from crispedit.factors import Factors
 
 
-def curvature(fingerprint="f", layers=(1,), sha256="t", tokenizer="k", **changes) -> Curvature:
+def curvature(fingerprint="f", layers=(1,), sha256="t", **changes) -> Curvature:
     factors = {"w": Factors(A=torch.eye(3), G=torch.eye(2), num_tokens=5)}
-    about = {
-        "fisher": "mc", "model_name": "m", "model_revision": None, "dtype": "float32", "chat_template": None,
-        "held_out": ("a text",), "seed": 0,
-    }  # fmt: skip
-    return Curvature(
-        factors=factors,
-        layers=layers,
-        model_fingerprint=fingerprint,
-        tokenizer=tokenizer,
-        texts={"source": "s", "sha256": sha256, "seed": 0, "samples": None},
-        description={"w": describe(factors["w"])},
-        **about | changes,
-    )
+    texts = {"source": "s", "sha256": sha256, "seed": 0, "samples": None}
+    return curvature_of(factors, layers=layers, model_fingerprint=fingerprint, texts=texts, **changes)
 
 
 def test_a_kept_curvature_is_found_by_its_content():

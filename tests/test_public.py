@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "crispedit"
 LAYERS = (
     "_version errors artifacts progress bundled edits models texts eigen moments subspace updates factors curvature "
     "cache rows training editors generation judge wild capability checkpoint proof editing evaluation jobs demo "
-    "console cli"
+    "plot console cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

@@ -81,6 +81,8 @@ def curvature(
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file.")] = None,
+    energy: Annotated[float, typer.Option(help="γ in [0, 1), marked in the plot and in the table.")] = 0.9,
     json: Json = None,
 ) -> None:
     """Compute the curvature of a model's capability loss, for any number of later edits."""
@@ -89,10 +91,16 @@ def curvature(
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
     from .models import parse_layers
+    from .subspace import check_energy
 
     check_writable(out, overwrite=overwrite)
     check_fisher(fisher)
     check_kind(factors)
+    check_energy(energy)
+    if plot is not None:
+        from .plot import check_plot
+
+        check_plot(plot)
     chosen = parse_layers(layers) if layers is not None else None
     divided = _texts(model, texts, samples, seed)
     if divided is None:
@@ -109,6 +117,7 @@ def curvature(
             layers=chosen,
             fisher=fisher,  # type: ignore[arg-type]  # checked above
             factors=factors,  # type: ignore[arg-type]  # checked above
+            energy=energy,
             seed=seed,
             model_name=model,
             resume=cache.passes_directory(),
@@ -116,10 +125,14 @@ def curvature(
         )
     found.save(out, overwrite=overwrite)
     cache.keep(found)
+    if plot is not None:
+        from .plot import draw_curvature
+
+        draw_curvature(found, energy, plot)
     print_curvature(found)
     from .console import out as stdout
 
-    stdout.print(f"the curvature is in {out}", soft_wrap=True)
+    stdout.print(f"the curvature is in {out}" + (f", its picture in {plot}" if plot else ""), soft_wrap=True)
     _write_json(json, found.manifest(with_texts=False))
 
 

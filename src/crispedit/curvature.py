@@ -38,7 +38,7 @@ from .factors import (
 from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash
 from .moments import Kind, Moment, Sketch, captured, trace
 from .progress import Progress, log, no_progress
-from .subspace import Spectrum, Subspace, cross_overlap
+from .subspace import Spectrum, Subspace, check_energy, cross_overlap
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 
 Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
@@ -57,7 +57,7 @@ class Description:
     Args:
         traces: tr(A) and tr(G).
         effective_rank: tr(M)² / ‖M‖²_F of A and of G: how many equal directions would be as spread.
-        energy: γ of the cross below: 0.9, or less where a sketch does not hold so much.
+        energy: γ of the cross below: the one asked for, or less where a sketch does not hold so much.
         cross: Its rows and columns, (r, c).
         share: Of all directions, in the cross.
         overlap: Of the crosses that two halves of the texts give: tr(Q Q') / √(tr Q · tr Q'), 1 if they are the
@@ -128,6 +128,7 @@ class Curvature:
         layers: Sequence[int] | None = None,
         fisher: Fisher = "mc",
         factors: Kind | Literal["auto"] = "auto",
+        energy: float = ENERGY,
         seed: int = 0,
         model_name: str = "",
         resume: Path | None = None,
@@ -144,6 +145,7 @@ class Curvature:
             layers: Decoder blocks; :func:`crispedit.models.default_layers` when omitted.
             fisher: ``mc`` or ``empirical``.
             factors: ``dense``, ``sketch``, or ``auto``: :func:`crispedit.factors.choose_kind`.
+            energy: γ at which the curvature is described and its halves are compared; no factor depends on it.
             seed: Of the split and of sampled labels.
             model_name: Recorded in the file.
             resume: A directory for the states of passes under way: an interrupted pass goes on from there. A pass's
@@ -155,6 +157,7 @@ class Curvature:
         """
         check_fisher(fisher)
         check_kind(factors)
+        check_energy(energy)
         started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
@@ -172,7 +175,7 @@ class Curvature:
         halves = _halves(model, tokenizer, divided.fit)
         with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
             found, description = _estimate_halves(
-                model, matrices, halves, fisher, kind, seed, Path(directory), key, progress
+                model, matrices, halves, fisher, kind, energy, seed, Path(directory), key, progress
             )
         return cls(
             factors=found,
@@ -468,7 +471,7 @@ def leading_spectrum(factors: Factors) -> Spectrum:
     return Spectrum.of_pairs(sketches[0].eigenpairs, sketches[1].eigenpairs)
 
 
-def describe(factors: Factors, halves: Sequence[Factors] = ()) -> Description:
+def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = ENERGY) -> Description:
     """One matrix's curvature in a few numbers, in seconds at any width.
 
     Factors up to :data:`DESCRIBED_WHOLE` are diagonalised; wider ones, and sketches, are known by the leading pairs
@@ -477,14 +480,15 @@ def describe(factors: Factors, halves: Sequence[Factors] = ()) -> Description:
     Args:
         factors: Of the matrix.
         halves: Factors of two halves of the texts, to be compared.
+        energy: γ of the crosses; a tenth or more less where a sketch does not hold so much.
 
     Returns:
         The description.
     """
-    spectra = [_known_spectrum(of_texts) for of_texts in (factors, *halves)]
+    spectra = [known_spectrum(of_texts) for of_texts in (factors, *halves)]
     sides = zip(spectra[0].traces, (spectra[0].alpha, spectra[0].beta), strict=True)
     ranks = [trace**2 / max(float(values.square().sum()), 1e-300) for trace, values in sides]
-    energy, crosses = _crosses(spectra)
+    energy, crosses = _crosses(spectra, energy)
     overlap = transfer = None
     if len(halves) == 2:
         overlap = cross_overlap(crosses[1], crosses[2])
@@ -500,16 +504,15 @@ def describe(factors: Factors, halves: Sequence[Factors] = ()) -> Description:
     )
 
 
-def _known_spectrum(factors: Factors) -> Spectrum:
+def known_spectrum(factors: Factors) -> Spectrum:
     """All of a spectrum where that is cheap, else what sketches know of it."""
     if factors.dense and max(map(len, factors.dense)) <= DESCRIBED_WHOLE:
         return Spectrum.of(*factors.dense)
     return leading_spectrum(factors)
 
 
-def _crosses(spectra: Sequence[Spectrum]) -> tuple[float, list[Subspace]]:
-    """The crosses at :data:`ENERGY`, or at the next tenth below at which all spectra know theirs."""
-    energy = ENERGY
+def _crosses(spectra: Sequence[Spectrum], energy: float) -> tuple[float, list[Subspace]]:
+    """The crosses at an energy, or at a tenth, two tenths, … less, where all spectra know theirs."""
     while energy > 0:
         try:
             return energy, [Subspace.of(spectrum, energy, "cross") for spectrum in spectra]
@@ -550,6 +553,7 @@ def _estimate_halves(
     halves: Sequence[Sequence[TokenBatch]],
     fisher: Fisher,
     kind: Kind,
+    energy: float,
     seed: int,
     directory: Path,
     key: str,
@@ -583,7 +587,7 @@ def _estimate_halves(
         parts = [*(saved_factors(file, matrix.name) for file in files[:-1]), last.pop(matrix.name)]
         parts = [_on(part, matrix.parameter.device) for part in parts]
         factors[matrix.name] = merge_factors(parts)
-        description[matrix.name] = describe(factors[matrix.name], parts if len(parts) == 2 else ())
+        description[matrix.name] = describe(factors[matrix.name], parts if len(parts) == 2 else (), energy)
         progress("describing the curvature", number + 1, len(matrices))
     return factors, description
 
@@ -594,8 +598,9 @@ def _on(factors: Factors, device: torch.device) -> Factors:
 
 def _description(of_matrix: Mapping[str, Any]) -> Description:
     """A description as a manifest has it: JSON knows no tuples."""
-    values = {f.name: of_matrix[f.name] for f in fields(Description)}
-    return Description(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values: dict[str, Any] = {f.name: of_matrix[f.name] for f in fields(Description)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Description(**values)
 
 
 def _stored(key: str, moment: Moment) -> dict[str, Tensor]:

@@ -135,11 +135,31 @@ class Spectrum:
 
     def spread_out(self) -> tuple[Tensor, Tensor]:
         """(d_in,) and (d_out,): both spectra, what is unknown spread evenly, so that it pays as little as may be."""
-        alpha, beta = (
-            torch.cat([values, values.new_full((n - len(values),), max(trace - float(values.sum()), 0) / max(n, 1))])
-            for values, trace, n in zip((self.alpha, self.beta), self.traces, self.shape[::-1], strict=True)
-        )
+        spectra = []
+        for values, trace, n in zip((self.alpha, self.beta), self.traces, self.shape[::-1], strict=True):
+            rest, left = n - len(values), max(trace - float(values.sum()), 0.0)
+            spectra.append(torch.cat([values, values.new_full((rest,), left / max(rest, 1))]))
+        alpha, beta = spectra
         return alpha, beta
+
+    def known_cross(self, energy: float) -> "Threshold | None":
+        """The smallest cross with an energy; or one that has it for certain, where a smaller one may be unknown.
+
+        Args:
+            energy: γ in [0, 1).
+
+        Returns:
+            The threshold, or ``None`` where a cross takes more eigenvectors than are known.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1).
+        """
+        for spectra in (self.at_most(), self.spread_out()):
+            threshold = cross_threshold(*spectra, energy)
+            r, c = threshold.cross or (0, 0)
+            if r <= len(self.beta) and c <= len(self.alpha):
+                return threshold
+        return None
 
     def to(self, device: torch.device) -> "Spectrum":
         """The spectrum with its bases on another device; the eigenvalues stay where they are."""
@@ -425,13 +445,9 @@ class Subspace:
         """
         check_form(form)
         if form == "cross" or (form == "auto" and not spectrum.complete):
-            threshold = cross_threshold(*spectrum.at_most(), energy)
-            r, c = threshold.cross or (0, 0)
-            if r > len(spectrum.beta) or c > len(spectrum.alpha):
-                # a smaller cross might exist among what is unknown; one of what is known will do as well
-                threshold = cross_threshold(*spectrum.spread_out(), energy)
-                r, c = threshold.cross or (0, 0)
-            if r > len(spectrum.beta) or c > len(spectrum.alpha):
+            threshold = spectrum.known_cross(energy)
+            if threshold is None:
+                r, c = cross_threshold(*spectrum.spread_out(), energy).cross or (0, 0)
                 raise ConfigError(
                     f"a cross at energy {energy} needs at least {r} eigenvectors of G and {c} of A; this spectrum has "
                     f"{len(spectrum.beta)} and {len(spectrum.alpha)}: compute it for this energy"
