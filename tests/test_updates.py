@@ -94,6 +94,8 @@ def test_coordinates_need_all_eigenvectors(name):
 def test_a_filter_needs_a_threshold(subspace):
     with pytest.raises(ConfigError, match="a soft mask needs a threshold"):
         Filter(Subspace.of(subspace.spectrum, ENERGY, "cross"))
+
+
+def test_a_filter_of_measured_curvatures_is_that_of_products_if_they_are_products(subspace):
     measured = torch.outer(subspace.spectrum.beta, subspace.spectrum.alpha)
-    with pytest.raises(ConfigError, match="a soft mask needs a threshold"):
-        Filter(Subspace.of_table(subspace.spectrum, measured, ENERGY))
+    assert relative(Filter(Subspace.of_table(subspace.spectrum, measured, ENERGY)).shrinkage, subspace.shrinkage) < 1e-6

@@ -189,7 +189,7 @@ class Curvature:
             **about,
         )
 
-    def subspace(self, name: str, energy: float, constraint: Constraint = "staircase") -> Subspace:
+    def subspace(self, name: str, energy: float, constraint: Constraint | Literal["auto"] = "auto") -> Subspace:
         """The low-curvature subspace of one matrix.
 
         Args:
@@ -197,7 +197,7 @@ class Curvature:
             energy: γ in [0, 1).
             constraint: What is left out: the pairs of largest curvature (``staircase``), a ``cross`` of the same
                 energy, the pairs of largest measured curvature (``ekfac``), or directions of the inputs alone
-                (``inputs``, G = I: Adam-NSCL).
+                (``inputs``, G = I: Adam-NSCL). ``auto`` is ``staircase``, or ``cross`` of sketched factors.
 
         Returns:
             The subspace, in the cheapest exact form.
@@ -205,6 +205,8 @@ class Curvature:
         Raises:
             ConfigError: There is no such constraint, ``energy`` is outside [0, 1), or there are no second moments.
         """
+        if constraint == "auto":
+            constraint = "staircase" if self.factors[name].dense else "cross"
         key = (name, energy, constraint)
         if key not in self._subspaces:
             self._subspaces[key] = self._subspace(*key)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -290,7 +290,7 @@ def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace
     energy = getattr(config, "energy", 0)
     if problem.curvature is None or not energy:
         return {}
-    constraint: Constraint = getattr(config, "constraint", "staircase")
+    constraint: Constraint | Literal["auto"] = getattr(config, "constraint", "auto")
     return {m.name: problem.curvature.subspace(m.name, energy, constraint) for m in problem.matrices}
 
 

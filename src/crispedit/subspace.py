@@ -186,9 +186,9 @@ class Threshold:
         tau: The k-th largest curvature λ; pairs with λ ≥ tau are high. ``inf`` when k is 0; ``None`` for a cross.
         num_high: How many pairs are high: k, and all pairs tied with the k-th; or those of the cross.
         captured: Share of the total energy tr(A)·tr(G) that the high pairs hold.
-        counts: (d_out,) int64; row i has ``counts[i]`` high pairs, its first ones if the pairs are a staircase.
+        counts: (d_out,) int64; row i has ``counts[i]`` high pairs: its first ones, unless there is a table.
         cross: (r, c) if the staircase is a cross.
-        table: (d_out, d_in) bool, true where a pair is high, if the pairs are no staircase.
+        table: (d_out, d_in), the curvatures themselves, where they are not products of eigenvalues.
     """
 
     tau: float | None
@@ -302,14 +302,15 @@ def table_threshold(curvatures: Tensor, energy: float) -> Threshold:
     check_energy(energy)
     ordered = curvatures.double().flatten().sort(descending=True).values
     sums = ordered.cumsum(0)
-    if energy * float(sums[-1]) == 0:
-        tau, table = float("inf"), torch.zeros_like(curvatures, dtype=torch.bool)
-        return Threshold(tau=tau, num_high=0, captured=0.0, counts=table.sum(1), table=table)
-    k = min(int(torch.searchsorted(sums, energy * sums[-1])), len(sums) - 1)
-    table = curvatures.double() >= ordered[k]
-    num_high = int(table.sum())
-    captured = float(sums[num_high - 1] / sums[-1])
-    return Threshold(tau=float(ordered[k]), num_high=num_high, captured=captured, counts=table.sum(1), table=table)
+    tau, captured = float("inf"), 0.0
+    if energy * float(sums[-1]) > 0:
+        k = min(int(torch.searchsorted(sums, energy * sums[-1])), len(sums) - 1)
+        tau = float(ordered[k])
+    counts = (curvatures >= tau).sum(1)
+    num_high = int(counts.sum())
+    if num_high:
+        captured = float(sums[num_high - 1] / sums[-1])
+    return Threshold(tau=tau, num_high=num_high, captured=captured, counts=counts, table=curvatures)
 
 
 def _left(values: Tensor) -> Tensor:
@@ -514,8 +515,8 @@ class Subspace:
     def mask(self) -> Tensor:
         """M of the paper's eq. 6: (d_out, d_in) float32, 1 where a pair has low curvature."""
         device = self.spectrum.input_basis.device
-        if self.threshold.table is not None:
-            return (~self.threshold.table).float().to(device)
+        if self.threshold.table is not None and self.threshold.tau is not None:
+            return (self.threshold.table < self.threshold.tau).float().to(device)
         counts = self.threshold.counts.to(device)
         return (torch.arange(self.shape[1], device=counts.device) >= counts[:, None]).float()
 
@@ -524,15 +525,16 @@ class Subspace:
         """F_ij = μ / (λ_ij + μ) with μ = τ: a soft mask, (d_out, d_in) float32, one half where the mask is cut.
 
         Raises:
-            ConfigError: The subspace is a cross or measured, which no threshold of products cuts.
+            ConfigError: The subspace is a cross, which no threshold cuts.
         """
         tau, spectrum = self.threshold.tau, self.spectrum
-        if tau is None or self.threshold.table is not None:
-            raise ConfigError("a soft mask needs a threshold on products of eigenvalues: use constraint staircase")
+        if tau is None:
+            raise ConfigError("a soft mask needs a threshold, which a cross does not have: use another constraint")
         if tau == float("inf"):
             return torch.ones_like(self.mask)
-        products = torch.outer(spectrum.beta, spectrum.alpha)
-        return (tau / (products + tau)).float().to(self.mask.device)
+        table = self.threshold.table
+        curvatures = torch.outer(spectrum.beta, spectrum.alpha) if table is None else table.double()
+        return (tau / (curvatures + tau)).float().to(self.mask.device)
 
     def to_coordinates(self, X: Tensor) -> Tensor:
         """U_Gᵀ X U_A, the coordinates of ``X`` (d_out, d_in) in the Kronecker eigenbasis, unmasked."""

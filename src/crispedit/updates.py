@@ -116,11 +116,11 @@ _RULES: dict[str, type[Coordinates] | type[Filter] | type[Projected]] = {
 assert tuple(_RULES) == get_args(Update)
 
 
-def update_rule(update: Update, subspace: Subspace) -> UpdateRule:
+def update_rule(update: Update | Literal["auto"], subspace: Subspace) -> UpdateRule:
     """The rule of a name for one matrix.
 
     Args:
-        update: Its name.
+        update: Its name; ``auto`` is ``coordinates`` where all eigenvectors are known, else ``projected``.
         subspace: Of the matrix, on the device of its weight.
 
     Returns:
@@ -129,6 +129,8 @@ def update_rule(update: Update, subspace: Subspace) -> UpdateRule:
     Raises:
         ConfigError: The rule needs all eigenvectors, and the spectrum has only leading ones.
     """
+    if update == "auto":
+        update = "coordinates" if subspace.spectrum.complete else "projected"
     if update in ("coordinates", "filter") and not subspace.spectrum.complete:
         raise ConfigError(
             f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update projected"

@@ -27,7 +27,8 @@ class Config(EditorConfig):
         batch_size: Edits per step, at most, and never more than an eighth of the edits.
         stop_loss: The mean loss of an epoch that ends the edit.
         constraint: Which directions are left out; see :meth:`crispedit.curvature.Curvature.subspace`.
-        update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`.
+        update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` trains
+            coordinates where all eigenvectors are known, else projects.
     """
 
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -35,8 +36,8 @@ class Config(EditorConfig):
     epochs: Annotated[int, Field(ge=1)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 32
     stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
-    constraint: Constraint = "staircase"
-    update: Update = "coordinates"
+    constraint: Constraint | Literal["auto"] = "auto"
+    update: Update | Literal["auto"] = "auto"
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
