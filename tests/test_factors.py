@@ -6,16 +6,28 @@ error 1/√samples; their tolerances say for how many samples.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from curvlinops import KFACLinearOperator
+from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import nn
 
 from crispedit.capability import logits_of, measure_drift
 from crispedit.errors import NumericsError
-from crispedit.factors import Factors, FactorSums, estimate_factors, merge_factors
+from crispedit.factors import (
+    Factors,
+    FactorSums,
+    choose_kind,
+    dense_bytes,
+    estimate_factors,
+    estimate_second_moments,
+    free_memory,
+    merge_factors,
+)
 from crispedit.models import edit_matrices
+from crispedit.moments import Sketch
+from crispedit.subspace import Spectrum, Subspace
 from crispedit.texts import TokenBatch, pad
 from reference import (
     factors_by_loop,
@@ -169,6 +181,96 @@ def test_drift_is_half_the_quadratic_form_of_the_gauss_newton_hessian(layer):
         measured = measure_drift(logits_of(base), logits_of(edited), batch_of(rows)).drift
         assert 5e-5 < predicted < 1e-3
         assert measured == pytest.approx(predicted, rel=0.04)
+
+
+# ---------------------------------------------------------------- second moments in the eigenbasis (EK-FAC)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_second_moments_are_those_of_the_gradient_of_every_sequence(family):
+    """Against autograd's gradient in W, sequence by sequence; float32 bases, 1e-6."""
+    model, rows = BUILDERS[family](torch.float64), random_rows(LENGTHS)
+    matrices = edit_matrices(model, [0, 1])
+    factors = estimate_factors(model, matrices, batch_of(rows), fisher="empirical")
+    spectra = {name: Spectrum.of(f.A, f.G) for name, f in factors.items()}
+    found = estimate_second_moments(model, matrices, batch_of(rows), spectra, fisher="empirical")
+    for matrix in matrices:
+        U_A, U_G = spectra[matrix.name].input_basis.double(), spectra[matrix.name].output_basis.double()
+        expected = torch.zeros(matrix.shape, dtype=torch.float64)
+        for row in rows:
+            ids = torch.tensor([row])
+            loss = nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, matrix.parameter)
+            expected += (U_G.T @ matrix.as_weight(gradient) @ U_A).square()
+        assert relative(found[matrix.name], expected / sum(len(row) - 1 for row in rows)) < TOLERANCE
+
+
+def test_second_moments_are_those_of_curvlinops():
+    model, rows = tiny_llama(torch.float64, layers=3), random_rows([9] * 5)
+    matrices = edit_matrices(model, [0, 2])
+    ids = torch.tensor(rows)
+    operator = EKFACLinearOperator(
+        _FlatLogits(model),
+        nn.CrossEntropyLoss(reduction="sum"),
+        [matrix.parameter for matrix in matrices],
+        [(part[:, :-1], part[:, 1:].flatten()) for part in ids.split(2)],
+        fisher_type="empirical",
+        kfac_approx="expand",
+        check_deterministic=False,
+    )
+    operator.compute_kronecker_factors()
+    operator.compute_eigenvalue_correction()
+    spectra, expected = {}, {}
+    for position, matrix in enumerate(matrices):
+        module = f"model.{matrix.name.removesuffix('.weight')}"
+        U_A, U_G = operator._input_covariances_eigenvectors[module], operator._gradient_covariances_eigenvectors[module]
+        pairs = Spectrum.of(torch.eye(len(U_A)), torch.eye(len(U_G)))
+        spectra[matrix.name] = replace(pairs, input_basis=U_A.float(), output_basis=U_G.float())
+        expected[matrix.name] = operator._corrected_eigenvalues[module][position] / ids[:, 1:].numel()
+    found = estimate_second_moments(model, matrices, batch_of(rows), spectra, fisher="empirical")
+    for name, moments in found.items():
+        assert relative(moments, expected[name]) < TOLERANCE
+
+
+def test_for_one_token_a_sequence_second_moments_sum_to_the_energy():
+    """Then ∇W = g aᵀ, and the sum over all pairs of (u_i g)² (v_j a)² is E[|g|² |a|²] in any basis."""
+    model, rows = tiny_llama(torch.float64), random_rows([2] * 12)
+    (matrix,) = edit_matrices(model, [1])
+    factors = estimate_factors(model, [matrix], batch_of(rows), fisher="empirical")[matrix.name]
+    spectra = {matrix.name: Spectrum.of(factors.A, factors.G)}
+    found = estimate_second_moments(model, [matrix], batch_of(rows), spectra, fisher="empirical")[matrix.name]
+    total = 0.0
+    for row in rows:
+        one = estimate_factors(model, [matrix], batch_of([row]), fisher="empirical")[matrix.name]
+        total += float(one.A.trace() * one.G.trace()) / len(rows)
+    assert float(found.sum()) == pytest.approx(total, rel=TOLERANCE)
+    subspace = Subspace.of_table(spectra[matrix.name], found, 0.8)
+    assert subspace.threshold.captured >= 0.8
+    assert subspace.share_outside(subspace.project(torch.randn(matrix.shape))) < TOLERANCE
+
+
+# ---------------------------------------------------------------- dense or sketched
+
+
+def test_a_sketched_pass_has_the_sketches_of_the_dense_factors():
+    model, rows = tiny_llama(), random_rows(LENGTHS)
+    matrices = edit_matrices(model, [0, 1])
+    dense = estimate_factors(model, matrices, batch_of(rows))
+    sketched = estimate_factors(model, matrices, batch_of(rows), kind="sketch")
+    for name, factors in sketched.items():
+        for found, of_matrix in ((factors.A, dense[name].A), (factors.G, dense[name].G)):
+            expected = Sketch.of(of_matrix)
+            assert relative(found.product, expected.product) < TOLERANCE
+            assert found.trace == pytest.approx(expected.trace, rel=TOLERANCE)
+
+
+def test_the_memory_rule():
+    """Five down-projections of LLaMA-3-8B: 4 × 5 × (4096² + 14336²) bytes, and 24 × 14336² beside them: 9.4 GB."""
+    shapes = [(4096, 14336)] * 5
+    assert dense_bytes(shapes) == 4 * 5 * (4096**2 + 14336**2) + 24 * 14336**2 == pytest.approx(9.4e9, rel=0.01)
+    assert choose_kind(shapes, 2 * dense_bytes(shapes)) == "dense"
+    assert choose_kind(shapes, 2 * dense_bytes(shapes) - 2) == "sketch"
+    assert 10**7 < free_memory(torch.device("cpu")) < 10**14
 
 
 # ---------------------------------------------------------------- rows and batches
