@@ -62,9 +62,45 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
 
 def test_a_curvature_is_found_again_and_reused(work, capsys):
     program("curvature", "bundled", "--out", "curv", "--texts", "texts.txt", "--layers", "2-3")
+    said = capsys.readouterr().out
+    for heading in ("effective rank", "protected, %", "overlap", "transfer", "the curvature is in curv"):
+        assert heading in said
     program("edit", "bundled", "edits.json", "--out", "one", "--curvature", "curv", "--epochs", "3")
+    assert "found in the cache" not in capsys.readouterr().err
     program("edit", "bundled", "edits.json", "--out", "two", "--texts", "texts.txt", "--layers", "2,3", "--epochs", "3")
+    assert "curvature found in the cache: curv" in capsys.readouterr().err.replace(str(work) + "/", "")
     assert weights(work / "one") == weights(work / "two")
+
+
+def test_sketched_factors_are_made_and_edited_with(work, capsys):
+    options = ("--texts", "texts.txt", "--layers", "2-3", "--json", "curvature.json")
+    program("curvature", "bundled", "--out", "curv", "--factors", "sketch", *options)
+    assert json.loads((work / "curvature.json").read_text())["factors"] == "sketch"
+    assert (work / "curv" / "factors.safetensors").stat().st_size < 10**6
+    program("edit", "bundled", "edits.json", "--out", "one", "--curvature", "curv", "--json", "one.json")
+    record = json.loads((work / "one.json").read_text())
+    assert record["metrics"]["after"]["reliability"] == 100
+    assert all(of_matrix["outside"] < 1e-5 for of_matrix in record["metrics"]["matrices"])
+
+
+def test_a_curvature_pass_that_is_interrupted_goes_on(work, capsys, monkeypatch):
+    from crispedit import factors
+
+    arguments = ["curvature", "bundled", "--out", "curv", "--texts", "texts.txt", "--layers", "2-3"]
+    real = factors._State.add
+    calls = []
+
+    def interrupted(self, *found):
+        calls.append(self)
+        if len(calls) == 2:  # the second half of the texts, in its first batch
+            raise KeyboardInterrupt
+        real(self, *found)
+
+    monkeypatch.setattr(factors._State, "add", interrupted)
+    assert cli._run(arguments) == 130
+    assert not (work / "curv").exists()
+    assert cli._run(arguments) == 0
+    assert len(calls) == 3, "the first half was not passed over again"
 
 
 def test_a_delta_can_be_evaluated(work):

@@ -103,6 +103,7 @@ CASES = {
     "plot onto a directory": ("curvature bundled --out out --plot full.png", "is a directory"),
     "plot below a file": ("curvature bundled --out out --plot good.json/plot.png", "is a file"),
     "energy of 1 to plot": ("curvature bundled --out out --plot plot.png --energy 1", "energy is 1"),
+    "unknown kind of factors": ("curvature bundled --out out --factors thin", "factors is 'thin'"),
     "too few samples": ("curvature bundled --out out --samples 1", "samples is 1"),
     "unknown protocol": ("evaluate bundled good.json --protocol tame", "protocol is 'tame'"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),

@@ -16,7 +16,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint import load_edited as load_model
-    from .curvature import Curvature
+    from .curvature import Curvature, merge
     from .editing import EditResult, edit
     from .edits import Edit, EditSet, Locality, load_edits
     from .errors import CrispEditError, EditFailed, InputError
@@ -36,6 +36,7 @@ _WHERE = {
     "load_edits": "edits",
     "load_model": "checkpoint:load_edited",
     "load_texts": "texts",
+    "merge": "curvature",
     "CrispEditError": "errors",
     "EditFailed": "errors",
     "InputError": "errors",
@@ -57,6 +58,7 @@ __all__ = [
     "load_edits",
     "load_model",
     "load_texts",
+    "merge",
 ]
 
 

@@ -134,7 +134,7 @@ def print_curvature(curvature: Curvature) -> None:
         compared = ["–" if x is None else f"{x:.3f}" for x in (d.overlap, d.transfer)]
         rows.append([name, ranks, f"{d.energy:g}", f"{100 * d.share:.1f}", *compared])
     title = f"{curvature.fisher} Fisher, {curvature.num_tokens:,} tokens, {curvature.kind} factors"
-    print_table(title, ["", "effective rank", "γ", "protected, %", "overlap", "transfer"], rows)
+    print_table(title, ["", "effective rank, G × A", "γ", "protected, %", "overlap", "transfer"], rows)
     out.print(
         "protected: share of directions in the cross that holds γ of the curvature. Two halves of the texts give two "
         "crosses; overlap: how far they are the same (1 is all); transfer: the curvature of one half that the other "
