@@ -49,6 +49,7 @@ class Spectrum:
         output_basis: Eigenvectors of G, (d_out, k_G), float32: U_G.
         traces: tr(A) and tr(G).
         residuals: ‖A v − α v‖, (k_A,), and ‖G v − β v‖, (k_G,), float64; see :class:`crispedit.eigen.Eigenpairs`.
+        beyond: What the eigenvalues of A and of G that follow are at most, where more is known than the traces say.
     """
 
     alpha: Tensor
@@ -57,6 +58,7 @@ class Spectrum:
     output_basis: Tensor
     traces: tuple[float, float]
     residuals: tuple[Tensor, Tensor]
+    beyond: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, A: Tensor, G: Tensor) -> "Spectrum":
@@ -85,7 +87,7 @@ class Spectrum:
             start: The spectrum of factors that were nearly the same, from which the search sets out.
 
         Returns:
-            A spectrum with at least one pair more than the cross on either side, where there is one.
+            A spectrum with one pair more than the cross on either side that takes part in it, where there is one.
 
         Raises:
             ConfigError: ``energy`` is outside [0, 1).
@@ -93,19 +95,15 @@ class Spectrum:
         """
         check_energy(energy)
         bases = (None, None) if start is None else (start.input_basis, start.output_basis)
-        solvers = [TopSolver(M, name, start=basis) for M, name, basis in zip((A, G), "AG", bases, strict=True)]
-        columns, rows = (8, 8) if start is None else (len(start.alpha) - 1, len(start.beta) - 1)
+        inputs, outputs = (TopSolver(M, name, start=basis) for M, name, basis in zip((A, G), "AG", bases, strict=True))
         while True:
-            inputs, outputs = solvers[0].top(columns), solvers[1].top(rows)
-            spectrum = cls._of_pairs(inputs, outputs)
-            r, c = cross_threshold(*spectrum.at_most(), energy).cross or (0, 0)
-            if c <= len(inputs) and r <= len(outputs):
-                return spectrum
-            # what is unknown was taken for as large as it may be: the true cross is no smaller
-            if c > len(inputs):
-                columns = max(c, columns + columns // 2)
-            if r > len(outputs):
-                rows = max(r, rows + rows // 2)
+            # what is not known is taken for as large as it may be: the true cross is no smaller
+            r, c = cross_threshold(inputs.at_most(), outputs.at_most(), energy).cross or (0, 0)
+            wanted = [(solver, count) for solver, count in ((outputs, r), (inputs, c)) if not solver.settled(count)]
+            if not wanted:
+                return cls._of_pairs(inputs.pairs(c + 1), outputs.pairs(r + 1))
+            for solver, count in wanted:
+                solver.search(count)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,8 +116,11 @@ class Spectrum:
         return (len(self.beta), len(self.alpha)) == self.shape
 
     def at_most(self) -> tuple[Tensor, Tensor]:
-        """(d_in,) and (d_out,): both spectra, what is unknown taken for as large as the traces allow."""
-        return at_most(self.alpha, self.traces[0], self.shape[1]), at_most(self.beta, self.traces[1], self.shape[0])
+        """(d_in,) and (d_out,): both spectra, what is unknown taken for as large as bounds and traces allow."""
+        alpha, beta = self.alpha, self.beta
+        if self.beyond is not None:
+            alpha, beta = torch.cat([alpha, self.beyond[0]]), torch.cat([beta, self.beyond[1]])
+        return at_most(alpha, self.traces[0], self.shape[1]), at_most(beta, self.traces[1], self.shape[0])
 
     def to(self, device: torch.device) -> "Spectrum":
         """The spectrum with its bases on another device; the eigenvalues stay where they are."""
@@ -134,6 +135,7 @@ class Spectrum:
             output_basis=outputs.vectors.float(),
             traces=(inputs.trace, outputs.trace),
             residuals=(inputs.residuals, outputs.residuals),
+            beyond=(inputs.beyond, outputs.beyond),
         )
 
 
