@@ -176,6 +176,7 @@ class TopSolver:
         self.products = 0
         self.values = self.residuals = self.matrix.new_zeros(0)
         self._known = 0  # so many leading Ritz pairs are right to VALUE
+        self._crowd = n + 1  # so many lead up to the first that agree in such number that more copies may be unseen
         self._generator = torch.Generator().manual_seed(seed)
         self._full: Eigenpairs | None = None
         self._V, self._T = self.matrix.new_empty(0, n), self.matrix.new_empty(0, 0)
@@ -205,7 +206,7 @@ class TopSolver:
         wanted = min(count + 1, len(self.matrix))
         if count == 0 or len(self.values) == len(self.matrix):
             return True
-        if self._known < wanted or self._crowded(wanted):
+        if self._known < wanted or self._crowd <= wanted:
             return False
         values, residuals = self.values[:wanted], self.residuals[:wanted]
         gaps = (values[:-1] - values[-1] - residuals[-1]).clamp(min=SAME * float(values[-2]))
@@ -220,7 +221,7 @@ class TopSolver:
             self._full = full_eigenpairs(self.matrix)
             self.values, self.residuals, self._known = self._full.values, self._full.residuals, n
             return
-        if self._crowded(min(count + 1, self._known)):
+        if self._crowd <= min(count + 1, self._known):
             self._width += BLOCK
         while self._m < min(goal, n):
             self._expand()
@@ -230,6 +231,9 @@ class TopSolver:
         residuals = (self._R @ self._S[self._m - self._R.shape[1] :]).norm(dim=0)
         self.residuals = residuals.clamp(min=rounding)
         self._known = int((self.residuals <= (VALUE * self.values).clamp(min=rounding)).cumprod(0).sum())
+        first, last = self.values[: 1 - self._width], self.values[self._width - 1 :]
+        crowded = ((first - last <= SAME * first) & (last > rounding)).nonzero()
+        self._crowd = int(crowded[0]) + self._width if len(crowded) else n + 1
 
     def at_most(self) -> Tensor:
         """(n,): the whole spectrum, what is not known taken for as large as residuals and trace allow."""
@@ -253,16 +257,10 @@ class TopSolver:
 
         Of pairs further down neither says much: such a Ritz value stands for many eigenvalues at once.
         """
-        first = self.residuals <= SAME * self.values
-        nearly = max(self._known, int(first.cumprod(0).sum()))
-        bounds = self.values + torch.where(torch.arange(len(first), device=first.device) < self._known, 0, self.residuals)
-        return bounds[:nearly].cummin(0).values
-
-    def _crowded(self, count: int) -> bool:
-        """Whether so many of the first ``count`` eigenvalues are the same that there may be more of them."""
-        spread = self.values[: max(count - self._width + 1, 0)]
-        spread = spread[spread > _rounding(self.values, len(self.matrix))] if len(spread) else spread
-        return bool((spread - self.values[self._width - 1 :][: len(spread)] <= SAME * spread).any())
+        run = (self.residuals <= SAME * self.values).cumprod(0)
+        nearly = min(max(self._known, int(run.sum())), self._crowd)
+        unknown = torch.arange(len(run), device=run.device) >= self._known
+        return (self.values + unknown * self.residuals)[:nearly].cummin(0).values
 
     def _expand(self) -> None:
         """Takes the next block into the basis, and finds the one after it."""
@@ -279,7 +277,9 @@ class TopSolver:
         self._T[first : self._m, : self._m], self._T[: self._m, first : self._m] = T, T.T
         if len(block) < self._width and self._m + len(block) < len(self.matrix):  # the space is exhausted, or crowded
             noise = self._random(self._width - len(block), len(self.matrix))
-            block, R, _ = self._orthonormal(torch.cat([W, self._scale * noise / noise.norm(dim=1, keepdim=True)]))
+            block, R, _ = self._orthonormal(
+                torch.cat([W, (self._scale or 1.0) * noise / noise.norm(dim=1, keepdim=True)])
+            )
             self._R = R[:, :k]
         self._next = block
 
@@ -293,10 +293,11 @@ class TopSolver:
         C = block @ V.T
         Q, R = torch.linalg.qr((block - C @ V).T)
         U, s, Z = torch.linalg.svd(R, full_matrices=False)
-        kept = s > 100 * torch.finfo(torch.float64).eps * self._scale
+        kept = s > 100 * torch.finfo(torch.float64).eps * max(self._scale, float(block.norm()))
         Q = (Q @ U[:, kept]).T
-        Q, R = torch.linalg.qr((Q - (Q @ V.T) @ V).T)  # of a short remainder the first time left rounding behind
-        return Q.T.contiguous(), R @ (s[kept, None] * Z[kept]), C
+        Q = Q - (Q @ V.T) @ V  # of a short remainder the first time left rounding behind
+        L = torch.linalg.cholesky(Q @ Q.T)  # near the identity: accurate, and faster than a second QR
+        return torch.linalg.solve_triangular(L, Q, upper=False), L.T @ (s[kept, None] * Z[kept]), C
 
     def _random(self, rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=self._generator, dtype=torch.float64).to(self.matrix.device)
