@@ -19,7 +19,7 @@ from .errors import NumericsError
 BLOCK = 16
 """Columns of a block: the fewest that products are not much slower for. A narrow block needs fewer columns in all."""
 PROJECTOR = 1e-5
-"""The projector onto the pairs asked for is right to this, relative in Frobenius norm, where the gap is SAME or more."""
+"""The projector onto the pairs asked for is right to this, relative in Frobenius norm, if the gap is SAME or more."""
 SAME = 1e-3
 """Eigenvalues that are closer than this, relatively, need not be told apart."""
 VALUE = 1e-7
@@ -125,7 +125,7 @@ def full_eigenpairs(matrix: Tensor, name: str = "") -> Eigenpairs:
 
 
 def _rounding(values: Tensor, size: int | None = None) -> float:
-    """n ε λ₁: below this a residual means nothing."""
+    """Below n ε λ₁ a residual means nothing."""
     return (size or len(values)) * torch.finfo(torch.float64).eps * float(values[0])
 
 
@@ -161,7 +161,7 @@ class TopSolver:
         seed: Of what is random.
 
     Attributes:
-        values: (m,) float64, the Ritz values found so far, descending: none is larger than the eigenvalue it stands for.
+        values: (m,) float64, the Ritz values of the basis, descending: none exceeds the eigenvalue at its place.
         residuals: (m,) float64.
         products: Columns that the matrix was multiplied with: what the search cost.
 
@@ -211,7 +211,7 @@ class TopSolver:
         values, residuals = self.values[:wanted], self.residuals[:wanted]
         gaps = (values[:-1] - values[-1] - residuals[-1]).clamp(min=SAME * float(values[-2]))
         error = (residuals[:-1] / gaps)[residuals[:-1] > _rounding(values, len(self.matrix))].norm()
-        return 2**0.5 * float(error) <= PROJECTOR * count**0.5
+        return bool(2**0.5 * float(error) <= PROJECTOR * count**0.5)
 
     def search(self, count: int) -> None:
         """Takes a few more blocks into the basis, to find ``count`` pairs; finds all if the basis grows too large."""
