@@ -267,8 +267,8 @@ class TopSolver:
         first, k = self._m, len(self._next)
         self._m += k
         if self._m > len(self._V):
-            self._V, self._T = (_enlarged(M, 2 * self._m, columns) for M, columns in
-                                ((self._V, len(self.matrix)), (self._T, 2 * self._m)))  # fmt: skip
+            self._V = _enlarged(self._V, 2 * self._m, len(self.matrix))
+            self._T = _enlarged(self._T, 2 * self._m, 2 * self._m)
         self._V[first : self._m] = self._next
         W = self._next @ self.matrix
         self.products += k
@@ -277,9 +277,8 @@ class TopSolver:
         self._T[first : self._m, : self._m], self._T[: self._m, first : self._m] = T, T.T
         if len(block) < self._width and self._m + len(block) < len(self.matrix):  # the space is exhausted, or crowded
             noise = self._random(self._width - len(block), len(self.matrix))
-            block, R, _ = self._orthonormal(
-                torch.cat([W, (self._scale or 1.0) * noise / noise.norm(dim=1, keepdim=True)])
-            )
+            noise *= (self._scale or 1.0) / noise.norm(dim=1, keepdim=True)
+            block, R, _ = self._orthonormal(torch.cat([W, noise]))
             self._R = R[:, :k]
         self._next = block
 
