@@ -1,6 +1,7 @@
 """The curvature of a model: its file, its name by content, merging, the comparison of halves, sketches, kills."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from functools import partial
 import pytest
 import torch
 
+from builders import curvature_of
+from crispedit import eigen
 from crispedit.curvature import ENERGY, MANIFEST, TENSORS, Curvature, describe, merge
 from crispedit.errors import ArtifactError, ConfigError, ModelError
 from crispedit.factors import Factors, estimate_factors, merge_factors
 from crispedit.models import edit_matrices, fingerprint, tokenizer_hash
-from crispedit.moments import captured
+from crispedit.moments import Sketch, captured
 from crispedit.subspace import Spectrum, Subspace
 from crispedit.texts import CapabilityTexts, text_batches
 from reference import random_factor, relative, tiny_llama
@@ -223,8 +226,8 @@ def test_equal_halves_overlap_whole_and_unrelated_ones_by_chance():
     assert describe(one).overlap is None
 
 
-def power_law(n: int) -> torch.Tensor:
-    return torch.arange(1, n + 1, dtype=torch.float64) ** -1.0
+def power_law(n: int, p: float = 1.0) -> torch.Tensor:
+    return torch.arange(1, n + 1, dtype=torch.float64) ** -p
 
 
 def test_a_sketched_curvature_is_kept_and_serves_a_cross_only(tmp_path):
@@ -239,8 +242,8 @@ def test_a_sketched_curvature_is_kept_and_serves_a_cross_only(tmp_path):
         assert torch.equal(loaded.factors[name].A.product, factors.A.product)
         assert loaded.factors[name].A.trace == factors.A.trace == pytest.approx(float(dense.factors[name].A.trace()))
         with pytest.raises(ConfigError, match="sketched factors know leading directions only"):
-            sketched.subspace(name, 0.5)
-        cross = sketched.subspace(name, 0.5, "cross")
+            sketched.subspace(name, 0.5, "staircase")
+        cross = sketched.subspace(name, 0.5)
         X = cross.project(torch.randn(cross.shape))
         r, c = cross.threshold.cross
         truth = dense.factors[name]
@@ -248,8 +251,15 @@ def test_a_sketched_curvature_is_kept_and_serves_a_cross_only(tmp_path):
         held = 1 - (1 - captured(truth.G, U_G) / truth.G.trace()) * (1 - captured(truth.A, U_A) / truth.A.trace())
         assert held >= 0.5 - 1e-5, "a sketch protects at least what it says"
         assert cross.share_outside(X) < 1e-5
-        with pytest.raises(ConfigError, match="needs at least"):
-            sketched.subspace(name, 1 - 1e-6, "cross")
+
+
+def test_an_energy_that_a_sketch_does_not_hold_is_refused_and_described_at_a_lower_one():
+    A, G = (Sketch.of(random_factor(power_law(n, 0.5), n).float()) for n in (200, 100))
+    curvature = curvature_of({"w": Factors(A=A, G=G, num_tokens=9)})
+    with pytest.raises(ConfigError, match=r"a cross at energy 0\.9 needs at least"):
+        curvature.subspace("w", 0.9)
+    assert 0 < curvature.description["w"].energy < 0.9
+    assert curvature.subspace("w", curvature.description["w"].energy).form == "cross"
 
 
 def test_curvatures_add_by_tokens_or_by_weights(curvature):
@@ -284,20 +294,38 @@ def test_what_does_not_go_together_is_not_added(curvature):
             merge([curvature, replace(curvature, **change)])
 
 
-def test_a_merged_spectrum_sets_out_from_the_one_that_is_known(curvature, monkeypatch):
-    name = next(iter(curvature.factors))
-    known = curvature.spectrum(name)
-    merged = merge([curvature, curvature])
+def test_a_merged_spectrum_sets_out_from_the_one_that_is_known(monkeypatch):
+    """And its cross protects the energy of the sum for certain, with hardly more directions than a fresh one."""
+    monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
+    monkeypatch.setattr(eigen, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(eigen, "BLOCK", 8)
+    noise = torch.Generator().manual_seed(4)
+    A, G = random_factor(power_law(400, 1.5), 0).float(), random_factor(power_law(300, 1.5), 1).float()
+    new = [torch.randn(500, len(M), generator=noise) @ torch.linalg.cholesky(M + 1e-7 * torch.eye(len(M))).T
+           for M in (A, G)]  # fmt: skip
+    first = curvature_of({"w": Factors(A=A, G=G, num_tokens=50_000)})
+    more = curvature_of({"w": Factors(A=new[0].T @ new[0] / 500, G=new[1].T @ new[1] / 500, num_tokens=500)})
+    known = first.subspace("w", 0.8, "cross").spectrum
+    assert not known.complete
+    merged = merge([more, first])
     starts = []
-    real = Spectrum.for_cross.__func__
+    real = Spectrum.updated
 
-    def spy(cls, A, G, energy, *, start=None):
-        starts.append(start)
-        return real(cls, A, G, energy, start=start)
+    def spy(self, *arguments):
+        starts.append(self)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Spectrum, "for_cross", classmethod(spy))
-    assert merged.subspace(name, 0.5, "cross").threshold.cross == curvature.subspace(name, 0.5, "cross").threshold.cross
+    monkeypatch.setattr(Spectrum, "updated", spy)
+    monkeypatch.setattr(Spectrum, "for_cross", None)
+    cross = merged.subspace("w", 0.8, "cross")
     assert starts == [known]
+    (r, c), factors = cross.threshold.cross, merged.factors["w"]
+    sides = ((factors.G, cross.spectrum.output_basis[:, :r]), (factors.A, cross.spectrum.input_basis[:, :c]))
+    held = 1 - math.prod(1 - captured(M, U) / float(M.trace()) for M, U in sides)
+    assert held == pytest.approx(cross.threshold.captured, abs=1e-5)
+    assert held >= 0.8 - 1e-6
+    fresh = Subspace.of(Spectrum.of(factors.A, factors.G), 0.8, "cross")
+    assert cross.threshold.num_high <= 1.01 * fresh.threshold.num_high
 
 
 # ---------------------------------------------------------------- interruption

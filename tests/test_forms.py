@@ -106,25 +106,91 @@ def test_the_cross_of_the_design():
     assert found.num_high / (4096 * 14336) == pytest.approx(0.028, abs=5e-4)
 
 
-@pytest.mark.parametrize("energy", [0.5, 0.8, 0.9])
-def test_the_cross_is_known_from_the_top_alone(monkeypatch, energy):
-    """The partial spectrum gives the very cross of the complete one, proven by the traces, with a basis as good."""
+@pytest.fixture
+def partial(monkeypatch):
+    """Narrow blocks, and never the dense diagonalisation."""
     monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
-    monkeypatch.setattr(eigen, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(eigen, "DENSE_SHARE", float("inf"))
     monkeypatch.setattr(eigen, "BLOCK", 8)
-    A, G = factors(120, 300, p=1.5)
-    whole, top = Spectrum.of(A, G), Spectrum.for_cross(A, G, energy)
+
+
+J = torch.arange(1, 301, dtype=torch.float64)
+TOPS = {
+    "1 / j": 1 / J,
+    "1 / j ** 1.5": J**-1.5,
+    "a step": torch.where(J <= 9, 1.0, 0.01) * (1 + 1e-4 / J),
+    "rank 5": torch.where(J <= 5, 1 / J, 0.0),
+    "clusters": 2.0 ** -torch.div(J - 1, 10, rounding_mode="floor"),
+    "one dominant direction": torch.where(J == 1, 1e4, J**-1.5),
+}
+
+
+def same_cross(top: Spectrum, A: torch.Tensor, G: torch.Tensor, energy: float) -> None:
+    """Of the complete spectrum: the same cross, the same energy, the same drift ½⟨Δ, GΔA⟩ of what is left of a step.
+
+    Where the cut is inside a cluster, the spaces are not determined, and the drift is the same for the mean of all
+    steps alone: the product of what the bases leave of A and of G. Float32 bases are orthonormal to some 1e-7.
+    """
+    whole = Spectrum.of(A, G)
+    expected, found = Subspace.of(whole, energy, "cross"), Subspace.of(top, energy, "cross")
+    r, c = expected.threshold.cross
+    assert found.threshold.cross == (r, c)
+    assert found.threshold.captured == pytest.approx(expected.threshold.captured, abs=1e-11)
+
+    def left(M: torch.Tensor, basis: torch.Tensor, count: int) -> float:
+        U = basis[:, :count].double()
+        return 1 - float((U * (M @ U)).sum() / M.trace())
+
+    for M, count, mine, theirs in (
+        (A, c, top.input_basis, whole.input_basis),
+        (G, r, top.output_basis, whole.output_basis),
+    ):
+        assert left(M, mine, count) == pytest.approx(left(M, theirs, count), rel=1e-6, abs=1e-7)
+
+    cuts = [(values, k) for values, k in ((whole.alpha, c), (whole.beta, r)) if k]
+    if all(values[k - 1] - values[k] > 1e-3 * values[k - 1] for values, k in cuts):
+        X = torch.randn(*top.shape, generator=torch.Generator().manual_seed(5))
+        assert relative(found.project(X), expected.project(X)) < 1e-5
+        drifts = [float((P * (G @ P @ A)).sum()) / 2 for P in (s.project(X).double() for s in (found, expected))]
+        of_X = float((X.double() * (G @ X.double() @ A)).sum()) / 2
+        assert drifts[0] == pytest.approx(drifts[1], rel=1e-6, abs=1e-9 * of_X)
+
+
+@pytest.mark.usefixtures("partial")
+@pytest.mark.parametrize("energy", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("name", TOPS)
+def test_the_cross_is_known_from_the_top_alone(name, energy):
+    """The partial spectrum gives the very cross of the complete one, proven by the traces, with a basis as good."""
+    A, G = random_factor(TOPS[name], 0), random_factor(power_law(120, 1.2), 1)
+    top = Spectrum.for_cross(A, G, energy)
     assert not top.complete
-    assert len(top.alpha) < 60
-    expected, found = Subspace.of(whole, energy, "cross"), Subspace.of(top, energy)
-    assert found.form == "cross"
-    assert found.threshold.cross == expected.threshold.cross
-    assert found.threshold.captured == pytest.approx(expected.threshold.captured, abs=1e-12)
-    X = torch.randn(120, 300)
-    assert relative(found.project(X), expected.project(X)) < 1e-5
-    # ½⟨Δ, GΔA⟩ of what is left, the drift that the subspace predicts for a step
-    drifts = [float((P * (G @ P @ A)).sum()) / 2 for P in (s.project(X).double() for s in (found, expected))]
-    assert drifts[0] == pytest.approx(drifts[1], rel=1e-6)
+    same_cross(top, A, G, energy)
+    r, c = Subspace.of(top, energy).threshold.cross
+    assert len(top.alpha) <= c + 1  # no more is held than the cross and the pair beyond it
+    assert len(top.beta) <= r + 1
+
+
+@pytest.mark.usefixtures("partial")
+def test_the_cross_of_factors_that_changed_is_that_of_a_fresh_start():
+    """New tokens turn the leading directions, and bring one that the old spectrum knows nothing of."""
+    A, G = factors(120, 300, p=1.2)
+    tokens = torch.randn(50, 300, generator=torch.Generator().manual_seed(7), dtype=torch.float64) / 300**0.5
+    tokens[:, 17] += 1.0
+    later = 0.99 * A + 0.01 * tokens.T @ tokens
+    top = Spectrum.for_cross(later, G, 0.8, start=Spectrum.for_cross(A, G, 0.8))
+    assert not top.complete
+    same_cross(top, later, G, 0.8)
+
+
+def test_a_flat_spectrum_is_diagonalised_whole():
+    """Its cross takes more eigenvectors than a search is worth."""
+    A, G = (
+        random_factor(torch.ones(600, dtype=torch.float64) + 1e-3 * power_law(600), 0),
+        random_factor(power_law(30), 1),
+    )
+    top = Spectrum.for_cross(A, G, 0.99)
+    assert top.complete
+    same_cross(top, A, G, 0.99)
 
 
 def test_a_partial_spectrum_refuses_what_it_does_not_know():

@@ -230,8 +230,10 @@ class Curvature:
             dense = self.factors[name].dense
             if dense is None:
                 self._tops[name] = leading_spectrum(self.factors[name])
+            elif name in self._tops:
+                self._tops[name] = self._tops[name].updated(*dense, energy)
             else:
-                self._tops[name] = Spectrum.for_cross(*dense, energy, start=self._tops.get(name))
+                self._tops[name] = Spectrum.for_cross(*dense, energy)
         return self._spectra.get(name) or self._tops[name]
 
     @property

@@ -96,7 +96,11 @@ class Sketch:
         values, vectors = values[kept], root @ (vectors[:, kept] / values[kept].sqrt())
         left = max(self.trace - float(values.sum()), 0.0)
         return Eigenpairs(
-            values=values, vectors=vectors, residuals=torch.full_like(values, left), trace=max(self.trace, 0.0)
+            values=values,
+            vectors=vectors,
+            residuals=torch.full_like(values, left),
+            beyond=values[:0],
+            trace=max(self.trace, 0.0),
         )
 
 
