@@ -1,26 +1,35 @@
 """What the forms of the subspace and the partial eigensolver save, at a large model's shape and on real factors.
 
     python benchmarks/curvature.py --json curvature.json
-    python benchmarks/curvature.py --shape 512 1792 --json small.json
+    python benchmarks/curvature.py --parts full --shape 512 1792 --json small.json
 
-The matrices have spectra that fall like 1/j ** exponent in a random basis (a product of reflections, so that making
-them costs little). Times are medians of several runs, ratios are of times taken in one run, one after the other. At
-LLaMA-3-8B's shape (4096 × 14336, the default) the dense diagonalisations take most of the time: some minutes on two
-cores.
+``full``: matrices with spectra that fall like 1/j in a random basis (a product of reflections, so that making them
+costs little), at LLaMA-3-8B's shape (4096 × 14336); the dense diagonalisations take some minutes on two cores.
+``scan``: a quarter of that shape at several exponents and energies. ``bundled``: the bundled model's real factors.
+``counts``: flops and storage by counting. ``pass``: the price of factors. ``sketch``: sketched factors of the bundled
+model against dense ones. ``memory``: ``crispedit curvature`` as a process, dense and sketched, on a random model of
+hidden width 2048 and intermediate width 8192 with five blocks.
+
+Ratios are of times taken in one run, one after the other; short ones are medians of three.
 
 ``spectrum_speedup`` is dense diagonalisation of both factors in float32, the cheaper precision, over the partial
-spectrum for the cross. ``warm_speedup`` is a partial spectrum from nothing over one that sets out from the spectrum of
-before 1 % new tokens were added (1,000 to 100,000; half of them from the distribution of the old, half from one with
-another basis), both to the same accuracy, that of the defaults in ``crispedit.eigen``.
+spectrum for the cross. New tokens, 1 % of all (1,000 to 100,000), come half from the distribution of the old, half from
+one with another basis. ``warm_speedup`` is the partial spectrum of the new factors from nothing over an update of the
+old one (:meth:`crispedit.subspace.Spectrum.updated`): both give a cross that holds γ for certain; what they hold, and
+how many directions that takes, is printed. The update's vectors are leading ones to second order in energy only;
+``warm_eigenvectors_speedup`` is for the same accuracy of the vectors themselves.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +37,11 @@ import torch
 from torch import Tensor
 
 from crispedit.bundled import corpus
-from crispedit.curvature import Curvature
+from crispedit.curvature import Curvature, merge
 from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, load_model
 from crispedit.moments import captured, trace
-from crispedit.subspace import Spectrum, Subspace, cross_threshold, energy_threshold
+from crispedit.subspace import Spectrum, Subspace, cross_overlap, cross_threshold, energy_threshold
 from crispedit.texts import next_tokens, text_batches
 
 
@@ -131,32 +140,16 @@ def held(cross: Subspace, A: Tensor, G: Tensor) -> float:
     return 1 - math.prod(1 - captured(M, U) / trace(M) for M, U in sides)
 
 
-def measured(shape: tuple[int, int], exponent: float, energy: float, device: torch.device) -> dict[str, Any]:
-    """Threshold, projections and spectra at one shape, timed."""
-    d_out, d_in = shape
-    alpha, beta = power_law(d_in, exponent), power_law(d_out, exponent)
-    found: dict[str, Any] = {"shape": shape, "exponent": exponent, "energy": energy}
-    found["threshold_seconds"] = seconds(lambda: energy_threshold(alpha, beta, energy), torch.device("cpu"))
-    found["cross_threshold_seconds"] = seconds(lambda: cross_threshold(alpha, beta, energy), torch.device("cpu"))
-
-    say("making the factors")
-    A, G = random_matrix(alpha, 1, device), random_matrix(beta, 2, device)
-    _wait(device)
-    started = time.perf_counter()
-    top = Spectrum.for_cross(A, G, energy)
-    _wait(device)
-    found["cross_spectrum_seconds"] = time.perf_counter() - started
-    cross = Subspace.of(top, energy, "cross")
-    found["cross"] = cross.threshold.cross
-    found["storage_ratio"] = (top.input_basis.numel() + top.output_basis.numel()) / (d_in**2 + d_out**2)
-    say(f"partial spectra: {found['cross_spectrum_seconds']:.1f} s, cross {cross.threshold.cross}")
-
-    A_later, G_later = with_new_tokens(A, alpha, 1), with_new_tokens(G, beta, 2)
+def measured(A: Tensor, G: Tensor, later: tuple[Tensor, Tensor], energy: float) -> dict[str, Any]:
+    """Threshold, projections and spectra of two factors, timed; ``later`` are the factors after new tokens."""
+    device, shape = A.device, (len(G), len(A))
+    found: dict[str, Any] = {"shape": shape, "energy": energy}
     spectra = {}
     for name, solve in (
-        ("cold", lambda: Spectrum.for_cross(A_later, G_later, energy)),
-        ("warm", lambda: top.updated(A_later, G_later, energy)),
-        ("warm_eigenvectors", lambda: Spectrum.for_cross(A_later, G_later, energy, start=top)),
+        ("cross", lambda: Spectrum.for_cross(A, G, energy)),
+        ("cold", lambda: Spectrum.for_cross(*later, energy)),
+        ("warm", lambda: spectra["cross"].updated(*later, energy)),
+        ("warm_eigenvectors", lambda: Spectrum.for_cross(*later, energy, start=spectra["cross"])),
     ):
         _wait(device)
         started = time.perf_counter()
@@ -164,47 +157,105 @@ def measured(shape: tuple[int, int], exponent: float, energy: float, device: tor
         _wait(device)
         found[f"{name}_seconds"] = time.perf_counter() - started
         cross = Subspace.of(spectra[name], energy, "cross")
+        found[f"{name}_cross"] = cross.threshold.cross
         found[f"{name}_directions"] = cross.threshold.num_high
-        found[f"{name}_held"] = held(cross, A_later, G_later)
-        say(
-            f"after new tokens, {name}: {found[f'{name}_seconds']:.1f} s, {cross.threshold.num_high:,} directions hold "
-            f"{found[f'{name}_held']:.6f}"
-        )
+        found[f"{name}_held"] = held(cross, *((A, G) if name == "cross" else later))
+        say(f"{name}: {found[f'{name}_seconds']:.2f} s, {cross.threshold.cross} holds {found[f'{name}_held']:.6f}")
+    top = spectra["cross"]
+    found["storage_ratio"] = (top.input_basis.numel() + top.output_basis.numel()) / (shape[0] ** 2 + shape[1] ** 2)
 
-    # the dense diagonalisation in float32, the cheaper one; ours works in float64
-    started = time.perf_counter()
-    bases = [torch.linalg.eigh(M)[1].flip(1) for M in (A, G)]
     _wait(device)
-    found["dense_spectrum_seconds"] = time.perf_counter() - started
-    say(f"dense spectra: {found['dense_spectrum_seconds']:.1f} s")
+    started = time.perf_counter()
+    values, bases = zip(*(torch.linalg.eigh(M) for M in (A, G)), strict=True)  # in float32; ours works in float64
+    _wait(device)
+    found["dense_seconds"] = time.perf_counter() - started
+    say(f"dense: {found['dense_seconds']:.2f} s")
+    alpha, beta = (v.flip(0).clamp(min=0).double().cpu() for v in values)
+    found["threshold_seconds"] = seconds(lambda: energy_threshold(alpha, beta, energy), torch.device("cpu"))
+    found["cross_threshold_seconds"] = seconds(lambda: cross_threshold(alpha, beta, energy), torch.device("cpu"))
     whole = Spectrum(
-        alpha=alpha, beta=beta, input_basis=bases[0].contiguous(), output_basis=bases[1].contiguous(),
-        traces=top.traces, residuals=(0 * alpha, 0 * beta),
-    )  # fmt: skip
+        alpha=alpha,
+        beta=beta,
+        input_basis=bases[0].flip(1).contiguous(),
+        output_basis=bases[1].flip(1).contiguous(),
+        traces=(float(alpha.sum()), float(beta.sum())),
+        residuals=(0 * alpha, 0 * beta),
+    )
     X = torch.randn(shape, device=device)
     results = {}
     for form, spectrum in (("equation6", whole), ("pivot", whole), ("cross", top)):
-        subspace = Subspace.of(spectrum, energy, form)
+        subspace = Subspace.of(spectrum, energy, form)  # type: ignore[arg-type]
         results[form] = subspace.project(X)
-        found[f"{form}_seconds"] = seconds(lambda s=subspace: s.project(X), device)
-        say(f"one projection, {form}: {found[f'{form}_seconds']:.2f} s")
+        found[f"{form}_projection_seconds"] = seconds(lambda s=subspace: s.project(X), device)
     found["pivot_error"] = float((results["pivot"] - results["equation6"]).norm() / X.norm())
-    found["projection_speedup"] = found["equation6_seconds"] / found["pivot_seconds"]
-    found["spectrum_speedup"] = found["dense_spectrum_seconds"] / found["cross_spectrum_seconds"]
+    projections = [found[f"{form}_projection_seconds"] for form in ("equation6", "pivot", "cross")]
+    found["projection_speedup"] = projections[0] / projections[1]
+    found["cross_projection_speedup"] = projections[0] / projections[2]
+    found["spectrum_speedup"] = found["dense_seconds"] / found["cross_seconds"]
     found["warm_speedup"] = found["cold_seconds"] / found["warm_seconds"]
     found["warm_eigenvectors_speedup"] = found["cold_seconds"] / found["warm_eigenvectors_seconds"]
-    found["warm_speedup_over_dense"] = found["dense_spectrum_seconds"] / found["warm_seconds"]
+    found["warm_speedup_over_dense"] = found["dense_seconds"] / found["warm_seconds"]
     return found
 
 
-def bundled_factors(energies: list[float]) -> list[dict[str, Any]]:
-    """The same counts for the bundled model's real factors."""
+def synthetic(shape: tuple[int, int], exponent: float, energy: float, device: torch.device) -> dict[str, Any]:
+    """:func:`measured` for spectra that fall like 1/j ** exponent."""
+    say(f"{shape[0]} × {shape[1]}, 1/j^{exponent}, γ = {energy}: making the factors")
+    alpha, beta = power_law(shape[1], exponent), power_law(shape[0], exponent)
+    A, G = random_matrix(alpha, 1, device), random_matrix(beta, 2, device)
+    later = with_new_tokens(A, alpha, 1), with_new_tokens(G, beta, 2)
+    return {"exponent": exponent, **measured(A, G, later, energy)}
+
+
+def bundled_factors(energies: Sequence[float]) -> dict[str, Any]:
+    """Counts for the bundled model's real factors, and :func:`measured` for those of the middle block."""
     loaded = load_model("bundled")
-    curvature = Curvature.estimate(loaded.model, loaded.tokenizer, corpus.capability_texts())
+    texts = corpus.capability_texts(1200)
+    first, more = (Curvature.estimate(loaded.model, loaded.tokenizer, part) for part in (texts[:400], texts[400:]))
+    later = merge([first, more], weights=[0.99, 0.01])
+    counts = []
+    for name in first.factors:
+        spectrum = first.spectrum(name)
+        counts += [{"matrix": name, **counted(spectrum.alpha, spectrum.beta, energy)} for energy in energies]
+    name = list(first.factors)[len(first.factors) // 2]
+    (A, G), new = (c.factors[name].dense or () for c in (first, later))
+    return {"bundled_counts": counts, "bundled": {"matrix": name, **measured(A, G, new, 0.8)}}
+
+
+def sketched() -> list[dict[str, Any]]:
+    """Sketches of the bundled model's factors against the dense ones: crosses of γ = 0.8 and 0.9.
+
+    Principal angles are between the input directions of the dense cross and those of the sketch's; *held* is what the
+    sketch's cross holds of the dense factors, of which it claims γ.
+    """
+    loaded = load_model("bundled")
+    texts = corpus.capability_texts()
+    dense, sketch = (
+        Curvature.estimate(loaded.model, loaded.tokenizer, texts, factors=kind) for kind in ("dense", "sketch")
+    )
     rows = []
-    for name in curvature.factors:
-        spectrum = curvature.spectrum(name)
-        rows += [{"matrix": name, **counted(spectrum.alpha, spectrum.beta, energy)} for energy in energies]
+    for name, factors in dense.factors.items():
+        A, G = factors.dense or ()
+        for energy in (0.8, 0.9):
+            one, other = (c.subspace(name, energy, "cross") for c in (dense, sketch))
+            columns = [s.spectrum.input_basis[:, : (s.threshold.cross or (0, 0))[1]] for s in (one, other)]
+            cosines = torch.linalg.svdvals(columns[0].T @ columns[1]).clamp(max=1)
+            angles = torch.rad2deg(torch.arccos(cosines))
+            size = math.prod(one.shape)
+            rows.append(
+                {
+                    "matrix": name,
+                    "energy": energy,
+                    "dense_cross": one.threshold.cross,
+                    "sketch_cross": other.threshold.cross,
+                    "dense_share": one.threshold.num_high / size,
+                    "sketch_share": other.threshold.num_high / size,
+                    "median_angle": float(angles.median()),
+                    "largest_angle": float(angles.max()),
+                    "overlap": cross_overlap(one, other),
+                    "held": held(other, A, G),
+                }
+            )
     return rows
 
 
@@ -223,38 +274,129 @@ def factor_pass() -> dict[str, float]:
 
     cpu = torch.device("cpu")
     pairs = [
-        (seconds(lambda: estimate_factors(model, matrices, batches), cpu, 1), seconds(plain, cpu, 1)) for _ in range(3)
+        (seconds(lambda: estimate_factors(model, matrices, batches), cpu, 1), seconds(plain, cpu, 1)) for _ in range(5)
     ]
     ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-    return {"factor_pass_ratio": ratio, "factor_pass_seconds": pairs[0][0]}
+    return {"factor_pass_ratio": ratio, "factor_pass_seconds": statistics.median(ours for ours, _ in pairs)}
+
+
+MEASURED_PROCESS = """
+import json, resource, sys
+from crispedit import cli
+try:
+    cli.main(sys.argv[2:])
+finally:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    json.dump({"peak": usage.ru_maxrss * 1024, "seconds": usage.ru_utime + usage.ru_stime}, open(sys.argv[1], "w"))
+"""
+
+
+def memory(samples: int) -> dict[str, Any]:
+    """Peak memory of ``crispedit curvature`` as a whole process, dense and sketched, and of loading the model alone."""
+    import transformers
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        model, usage = Path(directory) / "model", Path(directory) / "usage.json"
+        tokenizer = load_model("bundled").tokenizer
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=5, num_attention_heads=16,
+            num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=512, bos_token_id=0,
+            eos_token_id=1, pad_token_id=None,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        texts = Path(directory) / "texts.json"
+        texts.write_text(json.dumps(corpus.capability_texts()[:samples]))
+        for name, arguments in {
+            "model": ["ask", str(model), "a"],
+            **{
+                kind: ["curvature", str(model), "--texts", str(texts), "--layers", "0-4", "--factors", kind,
+                       "--out", str(Path(directory) / kind)]
+                for kind in ("sketch", "dense")
+            },
+        }.items():  # fmt: skip
+            environment = {**os.environ, "CRISPEDIT_CACHE": directory}
+            command = [sys.executable, "-c", MEASURED_PROCESS, str(usage), *arguments]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+            found[f"{name}_memory"], found[f"{name}_cpu_seconds"] = json.loads(usage.read_text()).values()
+            say(f"{name}: {found[f'{name}_memory'] / 1e9:.2f} GB, {found[f'{name}_cpu_seconds']:.0f} s of CPU time")
+        for kind in ("sketch", "dense"):
+            stored = (Path(directory) / kind / "factors.safetensors").stat().st_size
+            found[f"{kind}_stored"] = stored
+    above = [found[f"{kind}_memory"] - found["model_memory"] for kind in ("sketch", "dense")]
+    return {**found, "sketch_memory_ratio": above[0] / above[1]}
+
+
+def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], head: Callable[[dict[str, Any]], str]) -> None:
+    """Rows as a Markdown table; shares between 0 and 1 as they are."""
+    print("| | " + " | ".join(c.replace("_", " ") for c in columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for row in rows:
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row[c] for c in columns)]
+        print(f"| {head(row)} | " + " | ".join(cells) + " |")
+
+
+PARTS = ("full", "scan", "bundled", "counts", "pass", "sketch", "memory")
+SPEEDUPS = (
+    "storage_ratio", "projection_speedup", "cross_projection_speedup", "spectrum_speedup", "warm_speedup",
+    "warm_eigenvectors_speedup", "threshold_seconds", "cross_cross", "cold_directions", "warm_directions", "warm_held",
+)  # fmt: skip
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shape", nargs=2, type=int, default=[4096, 14336], help="d_out d_in")
     parser.add_argument("--energy", type=float, default=0.8)
+    parser.add_argument("--samples", type=int, default=60, help="texts of the memory part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    shape = (arguments.shape[0], arguments.shape[1])
-    energies = [0.5, 0.8, 0.9, 0.99]
-    found = measured(shape, 1.0, arguments.energy, torch.device(arguments.device)) | factor_pass()
-    found["counts"] = [
-        {"exponent": p, **counted(power_law(shape[1], p), power_law(shape[0], p), energy)}
-        for p in (0.8, 1.0, 1.2, 1.5)
-        for energy in energies
-    ]
-    found["bundled"] = bundled_factors(energies)
-    print(json.dumps({k: v for k, v in found.items() if k not in ("counts", "bundled")}, indent=1))
-    print("| spectrum | γ | staircase | cross | pivot: flops | cross: flops | pivot: storage | cross: storage |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in [*found["counts"], *found["bundled"]]:
-        name = f"1/j^{row['exponent']}" if "exponent" in row else row["matrix"]
-        shares = ("staircase_pairs", "cross_pairs", "pivot_flops", "cross_flops", "pivot_storage", "cross_storage")
-        print(f"| {name} | {row['energy']} | " + " | ".join(f"{100 * row[share]:.1f} %" for share in shares) + " |")
+    shape, device, parts = tuple(arguments.shape), torch.device(arguments.device), arguments.parts
+    energies = (0.5, 0.8, 0.9, 0.99)
+    found: dict[str, Any] = {"device": str(device), "threads": torch.get_num_threads()}
+    if "pass" in parts:
+        found |= factor_pass()
+    if "full" in parts:
+        found |= synthetic(shape, 1.0, arguments.energy, device)
+    if "scan" in parts:
+        quarter = (shape[0] // 4, shape[1] // 4)
+        grid = [(p, energy) for p in (0.8, 1.0, 1.2, 1.5) for energy in (0.5, 0.8, 0.9)]
+        found["scan"] = [synthetic(quarter, p, energy, device) for p, energy in grid]
+    if "bundled" in parts:
+        found |= bundled_factors(energies)
+    if "counts" in parts:
+        found["counts"] = [
+            {"exponent": p, **counted(power_law(shape[1], p), power_law(shape[0], p), energy)}
+            for p in (0.8, 1.0, 1.2, 1.5)
+            for energy in energies
+        ]
+    if "sketch" in parts:
+        found["sketch"] = sketched()
+    if "memory" in parts:
+        found |= memory(arguments.samples)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
+    print(json.dumps({k: v for k, v in found.items() if not isinstance(v, list) and k != "bundled"}, indent=1))
+
+    def spectrum_name(row: dict[str, Any]) -> str:
+        return f"{row.get('matrix') or '1/j^' + str(row['exponent'])}, γ {row['energy']}"
+
+    timed = [*found.get("scan", []), *([found["bundled"]] if "bundled" in found else [])]
+    if timed:
+        print_rows(timed, SPEEDUPS, spectrum_name)
+    counts = [*found.get("counts", []), *found.get("bundled_counts", [])]
+    if counts:
+        columns = ("staircase_pairs", "cross_pairs", "cross", "pivot_flops", "cross_flops", "pivot_storage",
+                   "cross_storage")  # fmt: skip
+        print_rows(counts, columns, spectrum_name)
+    if "sketch" in found:
+        columns = ("dense_cross", "sketch_cross", "dense_share", "sketch_share", "median_angle", "largest_angle",
+                   "overlap", "held")  # fmt: skip
+        print_rows(found["sketch"], columns, spectrum_name)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ def both(V: torch.Tensor) -> tuple[torch.Tensor, Sketch]:
 
 def approximation(sketch: Sketch) -> torch.Tensor:
     pairs = sketch.eigenpairs
-    return (pairs.vectors * pairs.values) @ pairs.vectors.T
+    return (pairs.vectors.double() * pairs.values) @ pairs.vectors.double().T
 
 
 def test_the_trace_is_exact_and_the_streamed_sketch_is_that_of_the_matrix():
     dense, sketch = both(vectors(500))
-    assert sketch.rank == sketch_rank(SIZE) == 30
+    assert sketch.rank == sketch_rank(SIZE) == 60
     assert sketch.trace == pytest.approx(float(dense.trace()), rel=1e-6)
     assert trace(sketch) == sketch.trace
     assert trace(dense) == pytest.approx(sketch.trace, rel=1e-6)
@@ -48,7 +48,7 @@ def test_the_trace_is_exact_and_the_streamed_sketch_is_that_of_the_matrix():
     assert (again.product - sketch.product).norm() < 1e-5 * sketch.product.norm()
 
 
-@pytest.mark.parametrize("rank", [1, 5, 25])
+@pytest.mark.parametrize("rank", [1, 5, 50])
 def test_a_matrix_of_low_rank_is_known_whole(rank):
     dense, sketch = both(vectors(400, rank))
     assert len(sketch.eigenpairs) == rank
@@ -56,7 +56,7 @@ def test_a_matrix_of_low_rank_is_known_whole(rank):
 
 
 def test_fewer_vectors_than_columns_are_known_whole():
-    dense, sketch = both(vectors(20))
+    dense, sketch = both(vectors(40))
     assert (approximation(sketch) - dense).norm() < 1e-4 * dense.norm()
 
 
@@ -67,15 +67,15 @@ def test_a_sketch_never_says_more_than_there_is():
     left = torch.linalg.eigvalsh(dense.double() - approximation(sketch))
     assert left[0] > -1e-5 * float(dense.norm())
     assert bool((pairs.values <= torch.linalg.eigvalsh(dense.double()).flip(0)[: len(pairs)] + 1e-5).all())
-    assert (pairs.vectors.T @ pairs.vectors - torch.eye(len(pairs))).abs().max() < 1e-8
+    assert (pairs.vectors.T @ pairs.vectors - torch.eye(len(pairs))).abs().max() < 1e-5
     for count in (1, 5, 20):
-        U = pairs.vectors[:, :count]
+        U = pairs.vectors[:, :count].double()
         said, held = float(pairs.values[:count].sum()), captured(dense, U)
         assert said <= held * (1 + 1e-5)
         assert held == pytest.approx(float((U * (dense.double() @ U)).sum()), rel=1e-5)
-        assert captured(sketch, U) == pytest.approx(said, rel=1e-8)
+        assert captured(sketch, U) == pytest.approx(said, rel=1e-6)
         assert said > 0.8 * float(torch.linalg.eigvalsh(dense).flip(0)[:count].sum())
-    true = (dense.double() @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
+    true = (dense.double() @ pairs.vectors.double() - pairs.vectors.double() * pairs.values).norm(dim=0)
     assert bool((true <= pairs.residuals + 1e-5).all())
 
 
@@ -106,16 +106,16 @@ def test_where_a_sketch_would_save_nothing_there_is_none(size):
         assert mean.item() == pytest.approx(float(V.square().mean()))
     else:
         assert isinstance(mean, Sketch)
-        assert len(mean.eigenpairs) == 1
+        assert len(mean.eigenpairs) == size // 2
 
 
-def test_the_rank_is_a_quarter_at_most():
-    assert [sketch_rank(n) for n in (1, 576, 4096, 14336)] == [1, 144, MAX_RANK, MAX_RANK]
+def test_the_rank_is_half_at_most():
+    assert [sketch_rank(n) for n in (1, 576, 4096, 14336)] == [1, 288, MAX_RANK, MAX_RANK]
 
 
 def test_nothing_at_all_and_what_is_not_finite():
-    empty = Sketch(torch.zeros(SIZE, 30), 0.0)
-    assert len(empty.eigenpairs) in (0, 30)
+    empty = Sketch(torch.zeros(SIZE, 60), 0.0)
+    assert len(empty.eigenpairs) in (0, 60)
     assert float(empty.eigenpairs.values.sum()) == 0
     with pytest.raises(NumericsError, match="not finite"):
-        _ = Sketch(torch.full((SIZE, 30), float("nan")), 1.0).eigenpairs
+        _ = Sketch(torch.full((SIZE, 60), float("nan")), 1.0).eigenpairs

@@ -26,7 +26,7 @@ VALUE = 1e-7
 """A pair is known when ‖M v − λ v‖ ≤ VALUE · λ: its eigenvalue is then right to VALUE² λ / (relative gap)."""
 DENSE_SHARE = 0.25
 """A basis with more than this share of all directions is not worth it: a full diagonalisation is cheaper."""
-DENSE_SIZE = 512
+DENSE_SIZE = 1024
 """So it is for every matrix up to this size."""
 NOVELTY = 1e-2
 """A warm start has this much of what the old vectors do not span: a direction that is new must not be missed."""
@@ -42,7 +42,7 @@ class Eigenpairs:
 
     Args:
         values: (k,) float64, descending, not negative.
-        vectors: (n, k) float64, orthonormal columns.
+        vectors: (n, k) float64, of a sketch float32; orthonormal columns.
         residuals: (k,) float64, ‖M v − λ v‖. Every one of ``values`` lies that close to an eigenvalue of M
             (Parlett, The Symmetric Eigenvalue Problem, theorem 4.5.1).
         beyond: What the eigenvalues that follow are at most, (j,) float64, descending; those after that are no

@@ -24,15 +24,17 @@ from .eigen import Eigenpairs
 from .errors import NumericsError
 
 Kind = Literal["dense", "sketch"]
-MAX_RANK = 1024
-"""ℓ is a quarter of n, and no more than this."""
+MAX_RANK = 2048
+"""ℓ is half of n, and no more than this."""
+ROWS = 1024
+"""Rows of a sketch that are taken to float64 at a time."""
 ROUNDING = 1e-6
 """Sums are float32: what lies below this share of the largest eigenvalue is noise."""
 
 
 def sketch_rank(size: int) -> int:
     """ℓ for vectors of a size."""
-    return max(1, min(MAX_RANK, size // 4))
+    return max(1, min(MAX_RANK, size // 2))
 
 
 @lru_cache(maxsize=4)
@@ -75,7 +77,7 @@ class Sketch:
 
     @cached_property
     def eigenpairs(self) -> Eigenpairs:
-        """The eigenpairs of M_nys that rise above rounding, at most ℓ, with the trace of M.
+        """The eigenpairs of M_nys that rise above rounding, at most ℓ, with the trace of M; float32 vectors.
 
         Their residuals with M are bounded by ‖M − M_nys‖ ≤ tr(M) − tr(M_nys), which is what is reported.
 
@@ -84,16 +86,22 @@ class Sketch:
         """
         if not torch.isfinite(self.product).all():
             raise NumericsError(f"the sketch of a curvature factor of size {len(self)} has numbers that are not finite")
-        omega = _test_matrix(len(self), self.rank, self.product.device).double()
-        Y = self.product.double()
-        core = omega.T @ Y
+        omega = _test_matrix(len(self), self.rank, self.product.device)
+        core = self.product.new_zeros(self.rank, self.rank, dtype=torch.float64)  # Ωᵀ Y
+        gram = torch.zeros_like(core)  # Yᵀ Y
+        for rows, of_omega in zip(self.product.split(ROWS), omega.split(ROWS), strict=True):
+            Y = rows.double()
+            core += of_omega.double().T @ Y
+            gram += Y.T @ Y
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         kept = values > ROUNDING * values[-1].clamp(min=1e-300)
-        root = Y @ (vectors[:, kept] / values[kept].sqrt())  # M_nys = root rootᵀ
-        values, vectors = torch.linalg.eigh(root.T @ root)
+        root = vectors[:, kept] / values[kept].sqrt()  # M_nys = (Y root) (Y root)ᵀ
+        values, vectors = torch.linalg.eigh(root.T @ gram @ root)
         values, vectors = values.flip(0), vectors.flip(1)
         kept = values > ROUNDING * values[:1].clamp(min=1e-300)
-        values, vectors = values[kept], root @ (vectors[:, kept] / values[kept].sqrt())
+        values = values[kept]
+        basis = root @ (vectors[:, kept] / values.sqrt())
+        vectors = torch.cat([(rows.double() @ basis).float() for rows in self.product.split(ROWS)])
         left = max(self.trace - float(values.sum()), 0.0)
         return Eigenpairs(
             values=values,
@@ -153,7 +161,7 @@ def captured(moment: Moment, vectors: Tensor) -> float:
         U = vectors.to(moment)
         return float(((moment @ U) * U).sum(dtype=torch.float64))
     pairs = moment.eigenpairs
-    return float(((pairs.vectors.T @ vectors.to(pairs.vectors)).square().sum(1) * pairs.values).sum())
+    return float(((pairs.vectors.T @ vectors.to(pairs.vectors)).double().square().sum(1) * pairs.values).sum())
 
 
 def trace(moment: Moment) -> float:

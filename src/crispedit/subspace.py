@@ -199,6 +199,8 @@ class Spectrum:
             ConfigError: ``energy`` is outside [0, 1).
         """
         for spectra in (self.at_most(), self.spread_out()):
+            if any(float(s.sum()) < (1 - 1e-6) * trace for s, trace in zip(spectra, self.traces, strict=True)):
+                continue  # of a sketch, whose values are too small to bound those that follow
             threshold = cross_threshold(*spectra, energy)
             r, c = threshold.cross or (0, 0)
             if r <= len(self.beta) and c <= len(self.alpha):
