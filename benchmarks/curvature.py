@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from crispedit.bundled import corpus
-from crispedit.curvature import Curvature, estimate_factors
+from crispedit.curvature import Curvature
+from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, load_model
 from crispedit.subspace import Spectrum, Subspace, cross_threshold, energy_threshold
 from crispedit.texts import next_tokens, text_batches

@@ -1,288 +1,24 @@
-"""The K-FAC factors against loops, curvlinops and the dense Gauss–Newton Hessian; their file; the meaning of drift.
+"""The curvature of a model: its file, its name by content, merging, the comparison of halves, sketches, kills."""
 
-Factors are float32 sums of a few dozen products: relative error 1e-7 of a float64 model (the sums only) and some
-1e-6 of a float32 one (its activations too), both well below ``TOLERANCE``. Sampled factors have the statistical
-error 1/√samples; their tolerances say for how many samples.
-"""
-
-import copy
 import json
+import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from curvlinops import KFACLinearOperator
-from torch import nn
 
-from crispedit.capability import logits_of, measure_drift
-from crispedit.curvature import MANIFEST, TENSORS, Curvature, Factors, FactorSums, estimate_factors, merge
-from crispedit.errors import ArtifactError, ConfigError, ModelError, NumericsError
-from crispedit.models import edit_matrices, fingerprint
-from crispedit.texts import TokenBatch, pad
-from reference import (
-    factors_by_loop,
-    gauss_newton,
-    random_rows,
-    relative,
-    tiny_gpt2,
-    tiny_llama,
-    true_gradient_factor,
-)
-
-TOLERANCE = 1e-5
-LENGTHS = [2, 5, 9, 3, 9, 12]
-BUILDERS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
-
-
-def batch_of(rows: list[list[int]], padding: int = 0) -> list[TokenBatch]:
-    return [pad(rows, padding)]
-
-
-def assert_same(found: dict[str, Factors], wanted: dict[str, Factors], tolerance: float = TOLERANCE):
-    assert found.keys() == wanted.keys()
-    for name, factors in found.items():
-        assert factors.num_tokens == wanted[name].num_tokens
-        assert relative(factors.A, wanted[name].A) < tolerance
-        assert relative(factors.G, wanted[name].G) < tolerance
-
-
-# ---------------------------------------------------------------- against definitions
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", BUILDERS)
-def test_factors_are_those_of_a_loop_over_sequences_and_tokens(family, dtype):
-    model, rows = BUILDERS[family](dtype), random_rows(LENGTHS)
-    matrices = edit_matrices(model, [0, 1])
-    factors = estimate_factors(model, matrices, batch_of(rows), fisher="empirical")
-    for matrix in matrices:
-        A, G = factors_by_loop(model, matrix, rows)
-        assert factors[matrix.name].num_tokens == sum(len(row) - 1 for row in rows)
-        assert factors[matrix.name].A.dtype == factors[matrix.name].G.dtype == torch.float32
-        assert relative(factors[matrix.name].A, A) < TOLERANCE
-        assert relative(factors[matrix.name].G, G) < TOLERANCE
-
-
-class _FlatLogits(nn.Module):
-    """Ids to logits of all tokens, (tokens, V): the form in which curvlinops takes a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-
-
-def curvlinops_factors(model, matrices, rows, *, fisher_type: str, reduction: str) -> dict[str, Factors]:
-    """Factors of rows of equal length by curvlinops, brought to the scale of this package.
-
-    curvlinops averages a aᵀ over every token that it is given; the last token of a row, which predicts
-    nothing, is therefore left out of its inputs. It *sums* g gᵀ over tokens when the loss is a sum,
-    which is E[g gᵀ] times the number of tokens; when the loss is a mean it takes that scale out itself.
-    """
-    ids = torch.tensor(rows)
-    num_tokens = ids[:, 1:].numel()
-    operator = KFACLinearOperator(
-        _FlatLogits(model),
-        nn.CrossEntropyLoss(reduction=reduction),
-        [matrix.parameter for matrix in matrices],
-        [(part[:, :-1], part[:, 1:].flatten()) for part in ids.split(2)],
-        fisher_type=fisher_type,
-        kfac_approx="expand",
-        check_deterministic=False,
-    )
-    operator.compute_kronecker_factors()
-    A, G = operator._input_covariances, operator._gradient_covariances
-    scale = num_tokens if reduction == "sum" else 1
-    modules = {matrix.name: f"model.{matrix.name.removesuffix('.weight')}" for matrix in matrices}
-    return {n: Factors(A=A[module], G=G[module] / scale, num_tokens=num_tokens) for n, module in modules.items()}
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_empirical_factors_are_those_of_curvlinops(reduction):
-    model, rows = tiny_llama(torch.float64, layers=3), random_rows([9] * 5)
-    matrices = edit_matrices(model, [0, 1, 2])
-    factors = estimate_factors(model, matrices, batch_of(rows), fisher="empirical")
-    assert_same(factors, curvlinops_factors(model, matrices, rows, fisher_type="empirical", reduction=reduction))
-
-
-def test_the_true_fisher_of_the_last_block_is_the_type_2_fisher_of_curvlinops():
-    """In the last block only: below it, curvlinops 3.0.1 backpropagates one column for all tokens at once.
-
-    That keeps cross terms S_t S_t'ᵀ between the tokens of a sequence, which labels drawn independently
-    do not have; :func:`true_gradient_factor` has none.
-    """
-    model, rows = tiny_llama(torch.float64, hidden=16, intermediate=24), random_rows([5] * 2)
-    matrices = edit_matrices(model, [1])
-    theirs = curvlinops_factors(model, matrices, rows, fisher_type="type-2", reduction="sum")
-    assert relative(true_gradient_factor(model, matrices[0], rows), theirs[matrices[0].name].G) < 1e-7
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_sampled_factors_tend_to_the_true_fisher(layer):
-    """2,000 samples of each label: six seeds come to 2 to 3.5 % from the truth; the empirical Fisher is 100 % away."""
-    model, rows = tiny_llama(torch.float64, hidden=16, intermediate=24), random_rows([3, 5, 4])
-    (matrix,) = edit_matrices(model, [layer])
-    truth = true_gradient_factor(model, matrix, rows)
-    batches = batch_of(rows * 2000)
-    mc, empirical = (estimate_factors(model, [matrix], batches, fisher=f)[matrix.name] for f in ("mc", "empirical"))
-    assert relative(mc.G, truth) < 0.06
-    assert relative(empirical.G, truth) > 0.3
-    assert torch.equal(mc.A, empirical.A)
-
-
-def test_for_one_token_the_kronecker_product_is_the_gauss_newton_hessian():
-    """With one loss term nothing is approximated but the expectation over labels: 4,000 samples of it, 4 to 8 %."""
-    model, rows = tiny_llama(torch.float64, hidden=16, intermediate=24), random_rows([2])
-    (matrix,) = edit_matrices(model, [0])
-    factors = estimate_factors(model, [matrix], batch_of(rows * 4000), fisher="mc")[matrix.name]
-    truth = gauss_newton(model, matrix, rows)
-    assert relative(torch.kron(factors.G, factors.A), truth) < 0.12
-    exact = torch.kron(true_gradient_factor(model, matrix, rows), factors.A.double())
-    assert relative(exact, truth) < TOLERANCE
-
-
-@pytest.mark.parametrize("family", BUILDERS)
-def test_for_one_token_the_kronecker_product_is_the_outer_product_of_the_gradient(family):
-    model, rows = BUILDERS[family](torch.float64), random_rows([2])
-    (matrix,) = edit_matrices(model, [1])
-    factors = estimate_factors(model, [matrix], batch_of(rows), fisher="empirical")[matrix.name]
-    loss = nn.functional.cross_entropy(model(input_ids=torch.tensor(rows)).logits[0, :1], torch.tensor(rows)[0, 1:])
-    gradient = matrix.as_weight(torch.autograd.grad(loss, matrix.parameter)[0]).flatten()
-    assert relative(torch.kron(factors.G, factors.A), torch.outer(gradient, gradient)) < TOLERANCE
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_drift_is_half_the_quadratic_form_of_the_gauss_newton_hessian(layer):
-    """½ vec(Δ)ᵀ GNH vec(Δ) for Δ that move the model by 1e-4 to 1e-3 nats.
-
-    The third order is some √drift, 1 to 3 %; measure_drift works on float32 logits, good to 1e-7 nats, 0.1 %.
-    """
-    base, rows = tiny_llama(hidden=16, intermediate=24), random_rows([3, 6, 5, 6])
-    double = copy.deepcopy(base).double()
-    block = gauss_newton(double, *edit_matrices(double, [layer]), rows)
-    for seed in range(4):
-        edited = copy.deepcopy(base)
-        (matrix,) = edit_matrices(edited, [layer])
-        delta = 0.003 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(seed))
-        matrix.weight.add_(delta)
-        predicted = float(delta.double().flatten() @ block @ delta.double().flatten()) / 2
-        measured = measure_drift(logits_of(base), logits_of(edited), batch_of(rows)).drift
-        assert 5e-5 < predicted < 1e-3
-        assert measured == pytest.approx(predicted, rel=0.04)
-
-
-# ---------------------------------------------------------------- rows and batches
-
-COMPOSITIONS = {
-    "one by one": [[0], [1], [2], [3], [4], [5]],
-    "short and long together": [[0, 5], [1, 4], [2, 3]],
-    "backwards": [[5, 4, 3], [2, 1, 0]],
-}
-
-
-@pytest.mark.parametrize("composition", COMPOSITIONS)
-@pytest.mark.parametrize("family", BUILDERS)
-def test_padding_order_and_composition_of_batches_do_not_matter(family, composition):
-    model, rows = BUILDERS[family](), random_rows(LENGTHS)
-    matrices = edit_matrices(model, [0, 1])
-    together = estimate_factors(model, matrices, batch_of(rows), fisher="empirical")
-    batches = [pad([rows[i] for i in group], padding=7) for group in COMPOSITIONS[composition]]
-    assert_same(estimate_factors(model, matrices, batches, fisher="empirical"), together)
-
-
-def test_merging_two_halves_gives_the_factors_of_the_whole():
-    model, rows = tiny_llama(), random_rows(LENGTHS)
-    matrices = edit_matrices(model, [0, 1])
-    whole, first, second = (
-        estimate_factors(model, matrices, batch_of(part), fisher="empirical") for part in (rows, rows[:2], rows[2:])
-    )
-    assert_same({name: merge([first[name], second[name]]) for name in whole}, whole)
-    assert_same({name: merge([of_matrix]) for name, of_matrix in whole.items()}, whole)
-
-
-def test_sums_of_tokens_are_outer_products_in_float32():
-    inputs, gradients = torch.randn(10, 4, dtype=torch.bfloat16), torch.randn(10, 3, dtype=torch.bfloat16)
-    sums = FactorSums((3, 4), torch.device("cpu"))
-    sums.add(inputs[:3], gradients[:3])
-    sums.add(inputs[3:], gradients[3:])
-    assert sums.mean().num_tokens == 10
-    assert relative(sums.mean().A, sum(torch.outer(a, a) for a in inputs.double()) / 10) < TOLERANCE
-    assert relative(sums.mean().G, sum(torch.outer(g, g) for g in gradients.double()) / 10) < TOLERANCE
-
-
-def test_sampled_labels_are_reproducible_by_their_seed():
-    model, rows = tiny_llama(), random_rows(LENGTHS)
-    (matrix,) = edit_matrices(model, [0])
-    one, same, other = (
-        estimate_factors(model, [matrix], batch_of(rows), fisher="mc", seed=seed)[matrix.name] for seed in (1, 1, 2)
-    )
-    assert torch.equal(one.G, same.G)
-    assert relative(other.G, one.G) > 0.01
-    assert torch.equal(one.A, other.A), "the inputs do not depend on labels"
-
-
-def test_sampled_labels_do_not_depend_on_padding_or_on_where_batches_are_cut():
-    model, rows = tiny_llama(), random_rows(LENGTHS)
-    matrices = edit_matrices(model, [0, 1])
-    together = estimate_factors(model, matrices, batch_of(rows), fisher="mc")
-    one_by_one = [pad([row], padding=7) for row in rows]
-    assert_same(estimate_factors(model, matrices, one_by_one, fisher="mc"), together)
-
-
-def test_the_global_random_state_plays_no_part():
-    model, rows = tiny_llama(), random_rows(LENGTHS)
-    (matrix,) = edit_matrices(model, [0])
-    before = torch.get_rng_state()
-    estimate_factors(model, [matrix], batch_of(rows), fisher="mc")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---------------------------------------------------------------- the model afterwards
-
-
-def hooks_of(model: nn.Module) -> list[int]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
-
-
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_the_model_is_left_as_it_was(training, broken):
-    """Also where estimation fails, and for a model in training mode, whose dropout must be off meanwhile."""
-    model, rows = tiny_gpt2(), random_rows(LENGTHS)
-    matrices = edit_matrices(model, [0, 1])
-    truth = estimate_factors(model, matrices, batch_of(rows), fisher="empirical")
-    model.train(training)
-    model.transformer.wte.weight.requires_grad_(False)
-    if broken:
-        model.transformer.ln_f.bias.data[0] = float("nan")
-    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    state, hooks = copy.deepcopy(model.state_dict()), hooks_of(model)
-
-    if broken:
-        with pytest.raises(NumericsError, match="not finite"):
-            estimate_factors(model, matrices, batch_of(rows), fisher="empirical")
-    else:
-        assert_same(estimate_factors(model, matrices, batch_of(rows), fisher="empirical"), truth, tolerance=1e-12)
-
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == needed
-    assert all(module.training == training for module in model.modules())
-    assert hooks_of(model) == hooks
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0, equal_nan=True)
-
-
-def test_an_activation_that_overflows_is_refused():
-    model, rows = tiny_llama(), random_rows([4])
-    (matrix,) = edit_matrices(model, [0])
-    model.model.layers[0].mlp.up_proj.weight.data *= 1e30  # finite after the norm that follows, but its square is not
-    with pytest.raises(NumericsError, match=r"not finite"):
-        estimate_factors(model, [matrix], batch_of(rows))
-
-
-# ---------------------------------------------------------------- the file
+from crispedit.curvature import ENERGY, MANIFEST, TENSORS, Curvature, describe, merge
+from crispedit.errors import ArtifactError, ConfigError, ModelError
+from crispedit.factors import Factors, estimate_factors, merge_factors
+from crispedit.models import edit_matrices, fingerprint, tokenizer_hash
+from crispedit.moments import captured
+from crispedit.subspace import Spectrum, Subspace
+from crispedit.texts import CapabilityTexts, text_batches
+from reference import random_factor, relative, tiny_llama
 
 
 class WordTokenizer:
@@ -347,7 +83,7 @@ DAMAGE = {
     "no manifest": (lambda d: (d / MANIFEST).unlink(), "not a curvature directory"),
     "broken manifest": (lambda d: (d / MANIFEST).write_text('{"format": 1,'), "not JSON"),
     "another kind of manifest": (lambda d: (d / MANIFEST).write_text("[]"), "format None"),
-    "another format": (edited_manifest(format=99), "has curvature format 99; this version reads 1"),
+    "another format": (edited_manifest(format=99), "has curvature format 99; this version reads 2"),
     "no format": (without_key("format"), "format None"),
     "no layers": (without_key("layers"), "damaged: 'layers'"),
     "layers that are no list": (edited_manifest(layers=None), "damaged"),
@@ -378,6 +114,50 @@ def test_a_directory_in_use_is_not_overwritten_unless_told(curvature, tmp_path):
     curvature.save(tmp_path / "curvature", overwrite=True)
 
 
+def test_the_manifest_says_what_the_factors_depend_on(curvature):
+    manifest = curvature.manifest()
+    assert manifest["format"] == 2
+    assert manifest["dtype"] == "float32"
+    assert manifest["factors"] == "dense"
+    assert manifest["tokenizer"] == tokenizer_hash(WordTokenizer())
+    assert manifest["texts"]["sha256"]
+    assert manifest["chat_template"] is manifest["model_revision"] is None
+    for of_matrix in manifest["matrices"].values():
+        assert len(of_matrix["traces"]) == len(of_matrix["effective_rank"]) == 2
+        assert 0 < of_matrix["share"] <= 1
+        assert 0 <= of_matrix["overlap"] <= 1
+    assert curvature.manifest(with_texts=False).keys() == manifest.keys() - {"held_out"}
+
+
+def test_another_tokenizer_is_refused_and_another_chat_template_is_not(curvature):
+    model = tiny_llama()
+    matrices = edit_matrices(model, [0, 1])
+
+    class Other(WordTokenizer):
+        chat_template = "{{ messages }}"
+
+        def get_vocab(self):
+            return {"a": 1}
+
+    class Template(WordTokenizer):
+        chat_template = "{{ messages }}"
+
+    Template.__name__ = "WordTokenizer"
+    curvature.check_model(model, matrices, WordTokenizer())
+    curvature.check_model(model, matrices, Template())
+    with pytest.raises(ModelError, match=r"another tokenizer \(sha256 .*compute it with this one"):
+        curvature.check_model(model, matrices, Other())
+
+
+def test_the_revision_of_another_model_is_named(curvature):
+    model = tiny_llama()
+    matrices = edit_matrices(model, [0, 1])
+    matrices[0].weight[0, 0] += 1
+    model.config._commit_hash = "b" * 40
+    with pytest.raises(ModelError, match=r"revision aaaaaaaaaaaa with other weights .* revision bbbbbbbbbbbb\)"):
+        replace(curvature, model_revision="a" * 40).check_model(model, matrices)
+
+
 def test_the_curvature_of_another_model_is_refused_with_both_fingerprints(curvature):
     model = tiny_llama()
     matrices = edit_matrices(model, [0, 1])
@@ -394,3 +174,258 @@ def test_a_layer_without_factors_is_refused(curvature):
     model = tiny_llama()
     with pytest.raises(ConfigError, match="no factors for layer 1; it has layers 0"):
         only_one.check_model(model, edit_matrices(model, [0, 1]))
+
+
+# ---------------------------------------------------------------- halves, sketches, sums
+
+
+def test_the_halves_of_the_texts_are_those_that_are_merged():
+    """The halves' factors, computed by hand, give the curvature's; and the two numbers that compare them."""
+    texts = CapabilityTexts(fit=tuple(TEXTS), held_out=("x y",), source="", seed=0, samples=None)
+    model, tokenizer = tiny_llama(), WordTokenizer()
+    found = Curvature.estimate(model, tokenizer, texts, layers=[1], fisher="empirical")
+    (matrix,) = edit_matrices(model, [1])
+    parts = [
+        estimate_factors(model, [matrix], text_batches(model, tokenizer, half), fisher="empirical")[matrix.name]
+        for half in (TEXTS[0::2], TEXTS[1::2])
+    ]
+    merged = merge_factors(parts)
+    assert relative(found.factors[matrix.name].A, merged.A) < 1e-6
+    assert relative(found.factors[matrix.name].G, merged.G) < 1e-6
+    described = found.description[matrix.name]
+    assert described == describe(merged, parts)
+    crosses = [Subspace.of(Spectrum.of(f.A, f.G), ENERGY, "cross") for f in parts]
+    assert described.energy == ENERGY
+    held = []
+    for cross, other in zip(crosses, parts[::-1], strict=True):
+        P = [
+            U[:, :k].double() @ U[:, :k].double().T
+            for U, k in ((cross.spectrum.output_basis, cross.threshold.cross[0]),
+                         (cross.spectrum.input_basis, cross.threshold.cross[1]))
+        ]  # fmt: skip
+        outside = [torch.trace(M.double() - p @ M.double() @ p) / M.double().trace()
+                   for p, M in zip(P, (other.G, other.A), strict=True)]  # fmt: skip
+        held.append(1 - float(outside[0] * outside[1]))
+    assert described.transfer == pytest.approx(sum(held) / 2, abs=1e-5)
+
+
+def test_equal_halves_overlap_whole_and_unrelated_ones_by_chance():
+    one, other = (
+        Factors(A=random_factor(power_law(60), seed), G=random_factor(power_law(40), seed + 1), num_tokens=9)
+        for seed in (0, 2)
+    )
+    same = describe(one, [one, one])
+    assert same.overlap == pytest.approx(1, abs=1e-5)
+    assert same.transfer >= ENERGY - 1e-6
+    chance = describe(one, [one, other])
+    assert chance.overlap == pytest.approx(chance.share, abs=0.05)
+    assert chance.transfer == pytest.approx(chance.share, abs=0.15)
+    assert describe(one).overlap is None
+
+
+def power_law(n: int) -> torch.Tensor:
+    return torch.arange(1, n + 1, dtype=torch.float64) ** -1.0
+
+
+def test_a_sketched_curvature_is_kept_and_serves_a_cross_only(tmp_path):
+    sketched, dense = (
+        Curvature.estimate(tiny_llama(), WordTokenizer(), long_texts(), layers=[0, 1], factors=kind)
+        for kind in ("sketch", "dense")
+    )
+    assert (sketched.kind, dense.kind) == ("sketch", "dense")
+    loaded = Curvature.load(sketched.save(tmp_path / "sketch"))
+    assert loaded.manifest() == sketched.manifest()
+    for name, factors in sketched.factors.items():
+        assert torch.equal(loaded.factors[name].A.product, factors.A.product)
+        assert loaded.factors[name].A.trace == factors.A.trace == pytest.approx(float(dense.factors[name].A.trace()))
+        with pytest.raises(ConfigError, match="sketched factors know leading directions only"):
+            sketched.subspace(name, 0.5)
+        cross = sketched.subspace(name, 0.5, "cross")
+        X = cross.project(torch.randn(cross.shape))
+        r, c = cross.threshold.cross
+        truth = dense.factors[name]
+        U_G, U_A = cross.spectrum.output_basis[:, :r], cross.spectrum.input_basis[:, :c]
+        held = 1 - (1 - captured(truth.G, U_G) / truth.G.trace()) * (1 - captured(truth.A, U_A) / truth.A.trace())
+        assert held >= 0.5 - 1e-5, "a sketch protects at least what it says"
+        assert cross.share_outside(X) < 1e-5
+        with pytest.raises(ConfigError, match="needs at least"):
+            sketched.subspace(name, 1 - 1e-6, "cross")
+
+
+def test_curvatures_add_by_tokens_or_by_weights(curvature):
+    model, tokenizer = tiny_llama(), WordTokenizer()
+    other = Curvature.estimate(model, tokenizer, ["w x yy zz", "a b", "k kk kkk kkkk"], layers=[0, 1], seed=3)
+    merged = merge([curvature, other])
+    assert merged.num_tokens == curvature.num_tokens + other.num_tokens
+    assert merged.held_out == (*curvature.held_out, *other.held_out)
+    assert merged.texts["source"] == "merged"
+    assert [part["weight"] for part in merged.texts["parts"]] == [curvature.num_tokens, other.num_tokens]
+    weighted = merge([curvature, other], weights=[3, 1])
+    for name, of_matrix in merged.factors.items():
+        n, m = curvature.num_tokens, other.num_tokens
+        A, B = curvature.factors[name].A, other.factors[name].A
+        assert relative(of_matrix.A, (n * A + m * B) / (n + m)) < 1e-6
+        assert relative(weighted.factors[name].A, (3 * A + B) / 4) < 1e-6
+        fresh = Spectrum.of(of_matrix.A, of_matrix.G)
+        assert relative(merged.spectrum(name).alpha, fresh.alpha) < 1e-6
+    assert merged.texts["sha256"] != weighted.texts["sha256"]
+    alone = merge([curvature])
+    assert all(relative(alone.factors[n].G, f.G) < 1e-6 for n, f in curvature.factors.items())
+
+
+def test_what_does_not_go_together_is_not_added(curvature):
+    with pytest.raises(ConfigError, match="no curvature to merge"):
+        merge([])
+    for weights in ([1], [1, -1], [0, 0], [1, float("inf")]):
+        with pytest.raises(ConfigError, match="weights is"):
+            merge([curvature, curvature], weights)
+    for change in ({"model_fingerprint": "x" * 64}, {"tokenizer": "y" * 64}, {"fisher": "empirical"}, {"layers": (0,)}):
+        with pytest.raises(ConfigError, match=f"different {next(iter(change))} do not add"):
+            merge([curvature, replace(curvature, **change)])
+
+
+def test_a_merged_spectrum_sets_out_from_the_one_that_is_known(curvature, monkeypatch):
+    name = next(iter(curvature.factors))
+    known = curvature.spectrum(name)
+    merged = merge([curvature, curvature])
+    starts = []
+    real = Spectrum.for_cross.__func__
+
+    def spy(cls, A, G, energy, *, start=None):
+        starts.append(start)
+        return real(cls, A, G, energy, start=start)
+
+    monkeypatch.setattr(Spectrum, "for_cross", classmethod(spy))
+    assert merged.subspace(name, 0.5, "cross").threshold.cross == curvature.subspace(name, 0.5, "cross").threshold.cross
+    assert starts == [known]
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def long_texts() -> list[str]:
+    words = [chr(97 + i) * (1 + i) for i in range(20)]
+    return [" ".join(words[(i * j) % 20] for j in range(1, 12 + i % 7)) for i in range(40)]
+
+
+def resumable(tmp_path, progress=None, **options):
+    return Curvature.estimate(
+        tiny_llama(), WordTokenizer(), long_texts(), layers=[0, 1], resume=tmp_path / "passes",
+        progress=progress or (lambda *_: None), **options,
+    )  # fmt: skip
+
+
+def same(one: Curvature, other: Curvature) -> bool:
+    pairs = [(one.factors[n], other.factors[n]) for n in one.factors]
+    return all(torch.equal(a.A, b.A) and torch.equal(a.G, b.G) for a, b in pairs) and (
+        one.description == other.description
+    )
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Many batches, the state saved after each."""
+    from crispedit import curvature, factors
+
+    monkeypatch.setattr(factors, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(curvature, "text_batches", partial(text_batches, batch_tokens=40))
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("at", [1, 4, 9, 13])
+def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, caplog, at):
+    caplog.set_level("INFO", "crispedit")
+    whole = resumable(tmp_path / "other")
+    steps = []
+
+    def interrupt(what, done, total):
+        steps.append(total)
+        if done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path, interrupt)
+    assert steps[0] > 13, "there are batches on both sides of the interruption, in both halves"
+    assert "the same command goes on from there" in caplog.text
+    first = []
+    again = resumable(tmp_path, lambda what, done, total: first.append(done))
+    assert first[0] > at
+    assert same(again, whole)
+    assert list((tmp_path / "passes").iterdir())
+    again.save(tmp_path / "curvature")
+    assert not list((tmp_path / "passes").iterdir())
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("change", [{"seed": 1}, {"fisher": "empirical"}, {"factors": "sketch"}])
+def test_another_pass_begins_at_the_beginning(tmp_path, change):
+    resumable(tmp_path)
+    first = []
+    resumable(tmp_path, lambda what, done, total: first.append(done), **change)
+    assert first[0] == 1
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_damaged_state_is_as_good_as_none(tmp_path):
+    whole = resumable(tmp_path)
+    for file in (tmp_path / "passes").rglob("half-*"):
+        file.write_bytes(file.read_bytes()[:-100])
+    first = []
+    assert same(resumable(tmp_path, lambda what, done, total: first.append(done)), whole)
+    assert first[0] == 1
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_state_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "passes").write_text("a file")
+    with pytest.raises(ArtifactError, match="cannot write the state of the curvature pass"):
+        resumable(tmp_path)
+
+
+KILLED = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from crispedit import curvature, factors, texts
+from crispedit.bundled import corpus
+from crispedit.models import load_model
+factors.SAVE_SECONDS = 0.0
+curvature.text_batches = partial(texts.text_batches, batch_tokens=512)
+torch.set_num_threads(1)
+loaded = load_model("bundled")
+print("loaded", flush=True)
+found = curvature.Curvature.estimate(
+    loaded.model, loaded.tokenizer, corpus.capability_texts()[:100], layers=[2, 3], resume=Path(sys.argv[1]),
+    progress=lambda what, done, total: print(done, total, flush=True),
+)
+found.save(sys.argv[2])
+"""
+
+
+def run_until(kill_after: int | None, *arguments: str) -> int:
+    """Runs the pass in a process of its own and kills it after so many batches of this run; its exit status."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for number, _ in enumerate(process.stdout):
+        if number == kill_after:
+            time.sleep(random.random() * 0.05)  # anywhere in the batch that follows, or in the saving of its state
+            process.kill()
+            break
+    process.stdout.close()
+    return process.wait()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_pass_killed_at_random_moments_gives_the_same_factors_bit_for_bit(tmp_path, kills):
+    assert run_until(None, str(tmp_path / "a"), str(tmp_path / "whole")) == 0
+    for _ in range(kills):
+        status = run_until(random.randint(0, 3), str(tmp_path / "b"), str(tmp_path / "resumed"))
+        if status == 0:
+            break
+        assert status == -9
+        assert not (tmp_path / "resumed").exists()
+    assert run_until(None, str(tmp_path / "b"), str(tmp_path / "again")) == 0
+    whole, again = Curvature.load(tmp_path / "whole"), Curvature.load(tmp_path / "again")
+    assert same(whole, again)
+    assert whole.manifest() == again.manifest()

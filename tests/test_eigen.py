@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from crispedit import eigen
-from crispedit.curvature import estimate_factors
 from crispedit.eigen import TopSolver, full_eigenpairs
 from crispedit.errors import NumericsError
+from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices
 from crispedit.texts import text_batches
 

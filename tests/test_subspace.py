@@ -5,6 +5,7 @@ float64 truths are met to 1e-5. Spectra are float64, so cuts are met exactly.
 """
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crispedit.errors import ConfigError, NumericsError
-from crispedit.subspace import Spectrum, Subspace, energy_threshold
+from crispedit.subspace import Spectrum, Subspace, cross_overlap, energy_threshold, table_threshold
 from reference import low_curvature_projector, project_by_equation_6, random_factor, relative, threshold_by_sorting
 
 TOLERANCE = 1e-5
@@ -244,3 +245,90 @@ def test_the_cut_at_full_size_takes_a_moment_and_no_table(energy):
     assert found.captured == pytest.approx(energy, abs=1e-4)
     if energy == 0.8:
         assert found.num_high / (d_out * d_in) == pytest.approx(0.017, abs=0.001)
+
+
+# ---------------------------------------------------------------- other constraints
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.3, 0.8, 0.999])
+def test_a_table_of_products_is_cut_where_the_spectrum_is(energy):
+    A, G = random_factor(torch.rand(9) + 0.1, 0), random_factor(torch.rand(7) + 0.1, 1)
+    spectrum = Spectrum.of(A, G)
+    products = torch.outer(spectrum.beta, spectrum.alpha)
+    staircase, table = Subspace.of(spectrum, energy), Subspace.of_table(spectrum, products, energy)
+    assert torch.equal(staircase.mask, table.mask)
+    assert table.threshold.num_high == staircase.threshold.num_high
+    assert table.threshold.captured == pytest.approx(staircase.threshold.captured, abs=1e-12)
+    X = torch.randn(7, 9)
+    assert (table.project(X) - staircase.project(X)).norm() < 1e-5 * X.norm()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 5), min_size=6, max_size=6), st.floats(1e-6, 0.999))
+def test_a_table_is_cut_at_the_smallest_set_of_its_largest_numbers(numbers, energy):
+    threshold = table_threshold(torch.tensor(numbers).reshape(2, 3).float(), energy)
+    if sum(numbers) == 0:
+        assert threshold.num_high == 0
+        return
+    high = [n for n in numbers if n >= threshold.tau]
+    assert sum(high) >= energy * sum(numbers) - 1e-6
+    assert sum(n for n in numbers if n > threshold.tau) < energy * sum(numbers)
+    assert threshold.num_high == len(high) == int(threshold.counts.sum())
+    assert threshold.captured == pytest.approx(sum(high) / sum(numbers))
+
+
+def test_inputs_alone_are_a_projection_off_the_leading_directions_of_A():
+    """G = I: all pairs of a column are equal, so columns are left out whole, as in Adam-NSCL."""
+    A, G = random_factor(1 / torch.arange(1, 13).double(), 0), random_factor(torch.rand(5) + 0.1, 1)
+    subspace = Subspace.of(Spectrum.of(A, G).of_inputs(), 0.8)
+    values, vectors = torch.linalg.eigh(A)
+    values, vectors = values.flip(0), vectors.flip(1)
+    c = int((values.cumsum(0) < 0.8 * values.sum()).sum()) + 1
+    off = torch.eye(12, dtype=torch.float64) - vectors[:, :c] @ vectors[:, :c].T
+    X = torch.randn(5, 12, dtype=torch.float64)
+    assert relative(subspace.project(X.float()), X @ off) < 1e-5
+    assert subspace.threshold.num_high == 5 * c
+
+
+def test_the_overlap_of_two_crosses_is_that_of_their_projectors():
+    subspaces = [
+        Subspace.of(
+            Spectrum.of(
+                random_factor(1 / torch.arange(1, 9).double(), seed), random_factor(torch.rand(6) + 0.1, seed + 1)
+            ),
+            0.6,
+            "cross",
+        )
+        for seed in (0, 5)
+    ]
+    Q = []
+    for subspace in subspaces:
+        (r, c), spectrum = subspace.threshold.cross, subspace.spectrum
+        P_G = spectrum.output_basis[:, :r] @ spectrum.output_basis[:, :r].T
+        P_A = spectrum.input_basis[:, :c] @ spectrum.input_basis[:, :c].T
+        Q.append(torch.eye(48) - torch.kron(torch.eye(6) - P_G, torch.eye(8) - P_A))
+        assert float(Q[-1].trace()) == pytest.approx(subspace.threshold.num_high, abs=1e-4)
+    expected = float((Q[0] @ Q[1]).trace() / (Q[0].trace() * Q[1].trace()) ** 0.5)
+    assert cross_overlap(*subspaces) == pytest.approx(expected, abs=1e-5)
+    assert cross_overlap(subspaces[0], subspaces[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_not_known_is_counted_for_as_little_as_it_may_be():
+    """A cross that is known for certain, where the smallest might lie among what is unknown."""
+    A, G = random_factor(1 / torch.arange(1, 41).double(), 0), random_factor(1 / torch.arange(1, 31).double(), 1)
+    whole = Spectrum.of(A, G)
+    top = replace(
+        whole, alpha=whole.alpha[:14], beta=whole.beta[:12], input_basis=whole.input_basis[:, :14],
+        output_basis=whole.output_basis[:, :12],
+    )  # fmt: skip
+    for spectra in (top.at_most(), top.spread_out()):
+        assert [len(s) for s in spectra] == [40, 30]
+        assert [float(s.sum()) for s in spectra] == pytest.approx(list(whole.traces))
+    found = [energy for energy in (0.3, 0.5, 0.7, 0.8, 0.9, 0.97) if top.known_cross(energy)]
+    assert 0.3 in found
+    assert 0.97 not in found
+    for energy in found:
+        r, c = top.known_cross(energy).cross
+        held = 1 - float(whole.beta[r:].sum() / whole.traces[1]) * float(whole.alpha[c:].sum() / whole.traces[0])
+        assert held >= energy - 1e-9
+        assert top.known_cross(energy).captured == pytest.approx(held, abs=1e-9)

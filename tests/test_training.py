@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from crispedit.curvature import estimate_factors
 from crispedit.errors import NumericsError
+from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, frozen
 from crispedit.rows import EditRow
 from crispedit.subspace import Spectrum, Subspace
@@ -19,8 +19,6 @@ from crispedit.training import (
     LOWEST,
     START,
     STEPS_PER_EPOCH,
-    Coordinates,
-    Unconstrained,
     edit_loss,
     fine_tune,
     float32_masters,
@@ -28,6 +26,7 @@ from crispedit.training import (
     rows_per_step,
     too_slow,
 )
+from crispedit.updates import Coordinates, Unconstrained
 from reference import project_by_equation_6, random_rows, relative, tiny_gpt2, tiny_llama
 
 ENERGY = 0.8

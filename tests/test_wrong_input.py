@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
@@ -40,6 +41,7 @@ def work(tmp_path, monkeypatch):
     (tmp_path / "notamodel").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("mine")
+    (tmp_path / "full.png").mkdir()
     shutil.copytree(model_directory("bundled"), tmp_path / "quantised")
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -96,6 +98,11 @@ CASES = {
     "unknown command": ("edti bundled good.json", "edti"),
     "curvature without texts": ("curvature quantised --out out", "--texts"),
     "unknown Fisher": ("curvature bundled --out out --fisher exact", "fisher is 'exact'"),
+    "plot of an unknown kind": ("curvature bundled --out out --plot plot.jpg", "must end in .png, .svg or .pdf"),
+    "plot without a suffix": ("curvature bundled --out out --plot plot", "must end in .png, .svg or .pdf"),
+    "plot onto a directory": ("curvature bundled --out out --plot full.png", "is a directory"),
+    "plot below a file": ("curvature bundled --out out --plot good.json/plot.png", "is a file"),
+    "energy of 1 to plot": ("curvature bundled --out out --plot plot.png --energy 1", "energy is 1"),
     "too few samples": ("curvature bundled --out out --samples 1", "samples is 1"),
     "unknown protocol": ("evaluate bundled good.json --protocol tame", "protocol is 'tame'"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
@@ -125,6 +132,18 @@ def test_no_disk_space_is_noticed_before_editing(work, capsys, monkeypatch):
     assert cli._run(["edit", "bundled", "good.json", "--out", "out"]) == 2
     assert "no space for 'out'" in capsys.readouterr().err
     assert not (work / "out").exists()
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_work(work, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli._run(["curvature", "bundled", "--out", "out", "--plot", "plot.png"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "crispedit: drawing needs matplotlib; install it with pip install 'crispedit[plot]'"
+    ]
+    assert not (work / "out").exists()
+    assert not (work / "plot.png").exists()
 
 
 def test_a_curvature_of_another_model_is_refused_with_both_named(work, capsys):

@@ -1,19 +1,17 @@
 """The cache of curvatures: computed once per model, found again by what they are of, not by a name.
 
-An entry is a curvature directory, or a JSON file that points to one elsewhere. Its name is a hash of the
-model's weights, the layers, the texts, the Fisher type and the seed. The cache lies in ``CRISPEDIT_CACHE``,
-else in ``~/.cache/crispedit``.
+An entry is a curvature directory, or a JSON file that points to one elsewhere. Its name is a hash of all that its
+factors depend on (:func:`crispedit.curvature.content_key`). The cache lies in ``CRISPEDIT_CACHE``, else in
+``~/.cache/crispedit``; beside the curvatures lie the states of passes under way.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .artifacts import read_json, write_json
-from .curvature import MANIFEST, Curvature
+from .curvature import MANIFEST, Curvature, content_key
 from .errors import ArtifactError
 
 
@@ -23,14 +21,9 @@ def cache_directory() -> Path:
     return Path(root) / "curvature"
 
 
-def _key(model_fingerprint: str, layers: Sequence[int], texts_sha256: str, fisher: str, seed: int) -> str:
-    content = json.dumps([model_fingerprint, list(layers), texts_sha256, fisher, seed])
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
-
-
-def _key_of(manifest: Mapping[str, Any]) -> str:
-    m = manifest
-    return _key(m["model_fingerprint"], m["layers"], m["texts"]["sha256"], m["fisher"], m["seed"])
+def passes_directory() -> Path:
+    """Where the states of unfinished passes are kept."""
+    return cache_directory().with_name("passes")
 
 
 def keep(curvature: Curvature) -> Path:
@@ -42,36 +35,27 @@ def keep(curvature: Curvature) -> Path:
     Returns:
         The directory where it can be read.
     """
-    key = _key_of(curvature.manifest())
+    key = content_key(curvature.manifest(), curvature.kind)
     if curvature.path is not None:
         write_json(cache_directory() / f"{key}.json", {"path": str(curvature.path.absolute())})
         return curvature.path
     return curvature.save(cache_directory() / key, overwrite=True)
 
 
-def find(
-    model_fingerprint: str,
-    layers: Sequence[int],
-    *,
-    texts_sha256: str | None = None,
-    fisher: str | None = None,
-    seed: int | None = None,
-) -> Curvature | None:
-    """A cached curvature of these weights and layers.
+def find(model_fingerprint: str, layers: Sequence[int], tokenizer: str, **wanted: Any) -> Curvature | None:
+    """A cached curvature of these weights, layers and this tokenizer.
 
     Args:
         model_fingerprint: Of the model.
         layers: The layers that must be in it, exactly.
-        texts_sha256: Of its texts, where they matter.
-        fisher: Its Fisher type, where it matters.
-        seed: Its seed, where it matters.
+        tokenizer: Hash of the tokenizer.
+        **wanted: Other fields of the manifest that matter (``fisher``, ``seed``); ``texts_sha256`` for the texts'.
 
     Returns:
         The newest match, or ``None``.
     """
-    wanted: dict[str, Any] = {"model_fingerprint": model_fingerprint, "layers": list(layers)}
-    wanted |= {} if fisher is None else {"fisher": fisher}
-    wanted |= {} if seed is None else {"seed": seed}
+    texts_sha256 = wanted.pop("texts_sha256", None)
+    wanted |= {"model_fingerprint": model_fingerprint, "layers": list(layers), "tokenizer": tokenizer}
     for directory in sorted(_directories(), key=lambda d: (d / MANIFEST).stat().st_mtime, reverse=True):
         try:
             manifest = read_json(directory / MANIFEST)

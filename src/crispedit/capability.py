@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .bundled import abilities, corpus
-from .curvature import Progress, no_progress
 from .generation import answers
+from .progress import Progress, no_progress
 from .rows import Prompter
 from .texts import TokenBatch, next_tokens, text_batches
 

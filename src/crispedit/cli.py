@@ -37,6 +37,7 @@ Texts = Annotated[Path | None, typer.Option(help="Capability texts: .jsonl or .j
 Samples = Annotated[int | None, typer.Option(help="How many of the texts to use; all by default.")]
 Layers = Annotated[str | None, typer.Option(help="Decoder blocks to edit, e.g. 19-23 or 4,5,6.")]
 FisherType = Annotated[str, typer.Option(help="mc (labels sampled from the model) or empirical.")]
+FactorKind = Annotated[str, typer.Option(help="dense, sketch, or auto: by the memory that is free.")]
 Chat = Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")]
 Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
 Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
@@ -73,29 +74,39 @@ def curvature(
     samples: Samples = None,
     layers: Layers = None,
     fisher: FisherType = "mc",
+    factors: FactorKind = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file.")] = None,
+    energy: Annotated[float, typer.Option(help="γ in [0, 1), marked in the plot and in the table.")] = 0.9,
     json: Json = None,
 ) -> None:
     """Compute the curvature of a model's capability loss, for any number of later edits."""
     _check_json(json)
     from .artifacts import check_writable
-    from .curvature import Curvature, check_fisher
+    from .curvature import Curvature
+    from .factors import check_fisher, check_kind
     from .models import parse_layers
+    from .subspace import check_energy
 
     check_writable(out, overwrite=overwrite)
     check_fisher(fisher)
+    check_kind(factors)
+    check_energy(energy)
+    if plot is not None:
+        from .plot import check_plot
+
+        check_plot(plot)
     chosen = parse_layers(layers) if layers is not None else None
     divided = _texts(model, texts, samples, seed)
     if divided is None:
         raise TextsError("no capability texts: give --texts FILE (.jsonl, .json or .txt)")
     from . import cache
-    from .console import print_table
-    from .subspace import energy_threshold
+    from .console import print_curvature
 
     with _bars() as progress:
         loaded = _load(model, device, dtype, device_map, trust_remote_code)
@@ -104,24 +115,24 @@ def curvature(
             loaded.tokenizer,
             divided,
             layers=chosen,
-            fisher=fisher,  # type: ignore[arg-type]  # checked by estimate, with a better message
+            fisher=fisher,  # type: ignore[arg-type]  # checked above
+            factors=factors,  # type: ignore[arg-type]  # checked above
+            energy=energy,
             seed=seed,
             model_name=model,
+            resume=cache.passes_directory(),
             progress=progress,
         )
-        spectra = {name: found.spectrum(name) for name in found.factors}
     found.save(out, overwrite=overwrite)
     cache.keep(found)
-    rows = []
-    for name, spectrum in spectra.items():
-        size = len(spectrum.alpha) * len(spectrum.beta)
-        shares = [energy_threshold(spectrum.alpha, spectrum.beta, e).num_high / size for e in (0.5, 0.8, 0.9)]
-        rows.append([name, *(f"{100 * share:.2f}" for share in shares)])
-    title = f"Share of directions (%) that hold an energy, {found.fisher} Fisher, {found.num_tokens:,} tokens"
-    print_table(title, ["", "0.5", "0.8", "0.9"], rows)
+    if plot is not None:
+        from .plot import draw_curvature
+
+        draw_curvature(found, energy, plot)
+    print_curvature(found)
     from .console import out as stdout
 
-    stdout.print(f"the curvature is in {out}", soft_wrap=True)
+    stdout.print(f"the curvature is in {out}" + (f", its picture in {plot}" if plot else ""), soft_wrap=True)
     _write_json(json, found.manifest(with_texts=False))
 
 

@@ -1,5 +1,6 @@
 """What a person sees: progress on stderr, tables on stdout. Only the command line imports this."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from .curvature import Progress as ProgressCallback
+from .curvature import Curvature
 from .editing import EditResult
+from .progress import Progress as ProgressCallback
+from .progress import log
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -58,12 +61,21 @@ def progress_bars() -> Iterator[ProgressCallback]:
             if done >= total:
                 running.pop(what)
 
-        yield report
+        lines = _Lines(logging.INFO)
+        log.addHandler(lines)
+        log.setLevel(logging.INFO)
+        try:
+            yield report
+        finally:
+            log.removeHandler(lines)
 
 
-def say(message: str) -> None:
-    """One line on stderr."""
-    err.print(message, soft_wrap=True)
+class _Lines(logging.Handler):
+    """Shows the package's log as lines on stderr, between the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        err.print(record.getMessage(), soft_wrap=True)
 
 
 def percent(value: float | None) -> str:
@@ -112,6 +124,23 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
             [f"{task.replace('_', ' ')}, %", *(percent(e["capability"]["tasks"].get(task)) for e in columns.values())]
         )
     print_table(title, ["", *columns], rows)
+
+
+def print_curvature(curvature: Curvature) -> None:
+    """The curvature of every matrix in a few numbers, and whether the texts were enough."""
+    rows = []
+    for name, d in curvature.description.items():
+        ranks = " × ".join(f"{rank:.1f}" for rank in reversed(d.effective_rank))
+        compared = ["–" if x is None else f"{x:.3f}" for x in (d.overlap, d.transfer)]
+        rows.append([name, ranks, f"{d.energy:g}", f"{100 * d.share:.1f}", *compared])
+    title = f"{curvature.fisher} Fisher, {curvature.num_tokens:,} tokens, {curvature.kind} factors"
+    print_table(title, ["", "effective rank", "γ", "protected, %", "overlap", "transfer"], rows)
+    out.print(
+        "protected: share of directions in the cross that holds γ of the curvature. Two halves of the texts give two "
+        "crosses; overlap: how far they are the same (1 is all); transfer: the curvature of one half that the other "
+        "half's cross holds. Where transfer is far below γ, more texts would help.",
+        soft_wrap=True,
+    )
 
 
 def print_proof(result: EditResult) -> None:

@@ -1,198 +1,77 @@
-"""Curvature of the capability loss: the K-FAC factors of every edited matrix, and their file.
+"""The curvature of a model's capability loss: factors of every edited matrix, what they came from, and their file.
 
-Conventions, fixed here for the whole package. A linear map is y = W a. W is (d_out, d_in), a the
-input of a token, g = ∂(loss of the sequence, summed over its tokens)/∂y at that token, and
-
-    A = E[a aᵀ]  (d_in, d_in)        G = E[g gᵀ]  (d_out, d_out)
-
-with both expectations over the tokens that have a next token to predict. Row-major curvature is
-G ⊗ A; applied to a matrix X of W's shape it is X ↦ G X A. A mask has W's shape. ``Conv1D`` is
-transposed in :mod:`crispedit.models` only. (CrispEdit, arXiv 2602.15823, section 3.3 and appendix A;
-Martens & Grosse 2015.)
-
-For softmax cross-entropy the Gauss–Newton Hessian is the Fisher information: the expectation over
-labels *sampled from the model* (``fisher="mc"``). With the texts' own next tokens it is the empirical
-Fisher (``fisher="empirical"``), a different matrix, and the one that the published code computes.
+How factors are estimated, and all conventions, are in :mod:`crispedit.factors`.
 """
 
+import hashlib
+import json
+import math
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import __version__
 from .artifacts import read_json, write_directory, write_json
-from .errors import ArtifactError, ConfigError, ModelError, NumericsError, did_you_mean
-from .models import EditMatrix, edit_matrices, fingerprint, frozen
-from .subspace import Spectrum
-from .texts import CapabilityTexts, TokenBatch, next_tokens, split_texts, text_batches
+from .errors import ArtifactError, ConfigError, ModelError, TextsError
+from .factors import (
+    Factors,
+    Fisher,
+    check_fisher,
+    check_kind,
+    choose_kind,
+    estimate_factors,
+    estimate_second_moments,
+    free_memory,
+    merge_factors,
+    saved_factors,
+)
+from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash
+from .moments import Kind, Moment, Sketch, captured, trace
+from .progress import Progress, log, no_progress
+from .subspace import Spectrum, Subspace, check_energy, cross_overlap
+from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 
-Fisher = Literal["mc", "empirical"]
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, steps done, steps in all)."""
-FORMAT = 1
+Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
+FORMAT = 2
 MANIFEST, TENSORS = "curvature.json", "factors.safetensors"
-
-
-def check_fisher(fisher: str) -> None:
-    """Raises :class:`ConfigError` unless ``fisher`` is ``mc`` or ``empirical``."""
-    known = get_args(Fisher)
-    if fisher not in known:
-        raise ConfigError(f"fisher is '{fisher}'; it must be {' or '.join(known)}{did_you_mean(fisher, known)}")
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The default progress callback: says nothing."""
+ENERGY = 0.9
+"""γ at which a curvature is described; the default of an edit."""
+DESCRIBED_WHOLE = 1024
+"""Factors wider than this are described by their sketches: no diagonalisation takes minutes unasked."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factors:
-    """Both Kronecker factors of one matrix, as means over ``num_tokens`` tokens.
+class Description:
+    """One matrix's curvature in a few numbers.
 
     Args:
-        A: Input second moment, (d_in, d_in) float32.
-        G: Output-gradient second moment, (d_out, d_out) float32.
-        num_tokens: How many tokens were averaged.
+        traces: tr(A) and tr(G).
+        effective_rank: tr(M)² / ‖M‖²_F of A and of G: how many equal directions would be as spread.
+        energy: γ of the cross below: the one asked for, or less where a sketch does not hold so much.
+        cross: Its rows and columns, (r, c).
+        share: Of all directions, in the cross.
+        overlap: Of the crosses that two halves of the texts give: tr(Q Q') / √(tr Q · tr Q'), 1 if they are the
+            same, ``share`` if they have nothing to do with each other. ``None`` without halves.
+        transfer: Share of one half's curvature that the other half's cross holds; γ if the texts are enough.
     """
 
-    A: Tensor
-    G: Tensor
-    num_tokens: int
-
-
-class FactorSums:
-    """Sums of a aᵀ and g gᵀ over tokens, streamed; divided only at the end. Pure tensors.
-
-    Args:
-        shape: (d_out, d_in) of the matrix.
-        device: Where the float32 sums live.
-    """
-
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        d_out, d_in = shape
-        self.A = torch.zeros(d_in, d_in, device=device)
-        self.G = torch.zeros(d_out, d_out, device=device)
-        self.num_tokens = 0
-
-    def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Adds tokens: ``inputs`` (tokens, d_in) and ``gradients`` (tokens, d_out)."""
-        inputs, gradients = inputs.float(), gradients.float()
-        self.A.addmm_(inputs.T, inputs)
-        self.G.addmm_(gradients.T, gradients)
-        self.num_tokens += len(inputs)
-
-    def mean(self) -> Factors:
-        """The factors."""
-        return Factors(A=self.A / self.num_tokens, G=self.G / self.num_tokens, num_tokens=self.num_tokens)
-
-
-@contextmanager
-def _recorded(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within, every forward pass leaves input and output of each matrix's module, by name."""
-    records: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:  # below the first edited matrix nothing is differentiated
-                output = output.detach().requires_grad_()
-            records[name] = (arguments[0].detach(), output)
-            return output.clone()  # a later in-place addition must not reach what was recorded
-
-        return hook
-
-    handles = [matrix.module.register_forward_hook(hook_for(matrix.name)) for matrix in matrices]
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def estimate_factors(
-    model: Any,
-    matrices: Sequence[EditMatrix],
-    batches: Sequence[TokenBatch],
-    *,
-    fisher: Fisher = "mc",
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> dict[str, Factors]:
-    """One pass over token batches: forward, backward to the matrices' outputs, two outer products each.
-
-    Padding under the mask and every row's last token, which predicts nothing, are left out, so the
-    factors do not depend on how rows were put together. Only the outputs of the matrices are
-    differentiated; no parameter gets a gradient.
-
-    Args:
-        model: A causal LM.
-        matrices: The matrices of interest.
-        batches: Right-padded token rows.
-        fisher: Labels sampled from the model (``mc``) or the texts' own (``empirical``).
-        seed: Of the sampled labels.
-        progress: Called after every batch.
-
-    Returns:
-        Factors by matrix name, on the matrices' devices.
-
-    Raises:
-        NumericsError: An activation or a gradient is not finite.
-    """
-    sums = {m.name: FactorSums(m.shape, m.parameter.device) for m in matrices}
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(seed)
-    with frozen(model), _recorded(matrices) as records, torch.enable_grad():
-        for number, batch in enumerate(batches):
-            batch = batch.to(device)
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-            labels = next_tokens(batch).to(logits.device)
-            predicted = labels != -100
-            if fisher == "mc":
-                labels[predicted] = _sample(logits.detach()[predicted], generator)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
-            for matrix, gradient in zip(matrices, gradients, strict=True):
-                counted = predicted.to(gradient.device)
-                sums[matrix.name].add(records[matrix.name][0][counted], gradient[counted])
-            records.clear()
-            if not torch.isfinite(loss):
-                layers = ", ".join(str(m.layer) for m in matrices)
-                raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
-            progress("curvature", number + 1, len(batches))
-    factors = {name: total.mean() for name, total in sums.items()}
-    for name, of_matrix in factors.items():
-        if not (torch.isfinite(of_matrix.A).all() and torch.isfinite(of_matrix.G).all()):
-            raise NumericsError(f"the curvature factors of {name} are not finite; load the model with --dtype float32")
-    return factors
-
-
-def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per position from softmax(logits), by the Gumbel trick; drawn on the CPU, the same on every device."""
-    uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
-    return (logits - (-uniform.clamp(1e-20).log()).clamp(1e-20).log()).argmax(-1)
-
-
-def merge(factors: Sequence[Factors]) -> Factors:
-    """Factors over several corpora, weighted by their token counts (CrispEdit, Algorithm 2).
-
-    Args:
-        factors: At least one, of equal shapes.
-
-    Returns:
-        A = Σ n_k A_k / Σ n_k, and G likewise.
-    """
-    total = sum(f.num_tokens for f in factors)
-    return Factors(
-        A=torch.stack([f.A * (f.num_tokens / total) for f in factors]).sum(0),
-        G=torch.stack([f.G * (f.num_tokens / total) for f in factors]).sum(0),
-        num_tokens=total,
-    )
+    traces: tuple[float, float]
+    effective_rank: tuple[float, float]
+    energy: float
+    cross: tuple[int, int]
+    share: float
+    overlap: float | None
+    transfer: float | None
 
 
 @dataclass(kw_only=True)
@@ -204,25 +83,40 @@ class Curvature:
         layers: The decoder blocks they belong to.
         fisher: What labels the gradients were taken with.
         model_name: The base model, as the user named it.
+        model_revision: Its commit on the hub, where it came from there.
         model_fingerprint: Of its weights (:func:`crispedit.models.fingerprint`).
+        dtype: In which the model ran.
+        tokenizer: Hash of the tokenizer (:func:`crispedit.models.tokenizer_hash`).
+        chat_template: Hash of its chat template, where it has one; recorded, no text passes through it.
         held_out: Texts that the factors have not seen, for drift.
         texts: Where the texts came from (:meth:`crispedit.texts.CapabilityTexts.manifest`).
         seed: Of sampled labels.
+        description: By matrix name.
         path: The directory it was read from or written to.
         seconds: What estimating it took; 0 when it was read from disk.
+        second_moments: By matrix name, where they were measured; see :func:`estimate_second_moments`.
     """
 
     factors: Mapping[str, Factors]
     layers: tuple[int, ...]
     fisher: Fisher
     model_name: str
+    model_revision: str | None
     model_fingerprint: str
+    dtype: str
+    tokenizer: str
+    chat_template: str | None
     held_out: tuple[str, ...]
     texts: Mapping[str, Any]
     seed: int
+    description: Mapping[str, Description]
     path: Path | None = None
     seconds: float = 0.0
+    second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+    _tops: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+    _pass: Path | None = field(default=None, repr=False)
+    _subspaces: dict[tuple[str, float, Constraint], Subspace] = field(default_factory=dict, repr=False)
 
     @classmethod
     def estimate(
@@ -233,11 +127,16 @@ class Curvature:
         *,
         layers: Sequence[int] | None = None,
         fisher: Fisher = "mc",
+        factors: Kind | Literal["auto"] = "auto",
+        energy: float = ENERGY,
         seed: int = 0,
         model_name: str = "",
+        resume: Path | None = None,
         progress: Progress = no_progress,
     ) -> "Curvature":
         """Estimates the factors of the chosen blocks' down-projections on capability texts.
+
+        The two halves of the texts are passed over one after the other, compared, and merged.
 
         Args:
             model: A Hugging Face causal LM.
@@ -245,37 +144,132 @@ class Curvature:
             texts: Strings, of which a seeded fifth is held out for drift; or texts already divided.
             layers: Decoder blocks; :func:`crispedit.models.default_layers` when omitted.
             fisher: ``mc`` or ``empirical``.
+            factors: ``dense``, ``sketch``, or ``auto``: :func:`crispedit.factors.choose_kind`.
+            energy: γ at which the curvature is described and its halves are compared; no factor depends on it.
             seed: Of the split and of sampled labels.
             model_name: Recorded in the file.
+            resume: A directory for the states of passes under way: an interrupted pass goes on from there. A pass's
+                own state is removed when the curvature is saved.
             progress: Called after every batch.
 
         Returns:
             The curvature; spectra are computed when first asked for.
         """
         check_fisher(fisher)
+        check_kind(factors)
+        check_energy(energy)
         started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
-        batches = text_batches(model, tokenizer, divided.fit)
-        factors = estimate_factors(model, matrices, batches, fisher=fisher, seed=seed, progress=progress)
+        kind = factors if factors != "auto" else _affordable(matrices)
+        about: dict[str, Any] = {
+            "layers": tuple(m.layer for m in matrices),
+            "fisher": fisher,
+            "model_fingerprint": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "texts": divided.manifest(),
+            "seed": seed,
+        }
+        key = content_key(about, kind)
+        halves = _halves(model, tokenizer, divided.fit)
+        with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
+            found, description = _estimate_halves(
+                model, matrices, halves, fisher, kind, energy, seed, Path(directory), key, progress
+            )
         return cls(
-            factors=factors,
-            layers=tuple(m.layer for m in matrices),
-            fisher=fisher,
+            factors=found,
             model_name=model_name or str(getattr(model.config, "_name_or_path", "")),
-            model_fingerprint=fingerprint(model),
+            model_revision=getattr(model.config, "_commit_hash", None),
+            chat_template=chat_template_hash(tokenizer),
             held_out=divided.held_out,
-            texts=divided.manifest(),
-            seed=seed,
+            description=description,
             seconds=time.monotonic() - started,
+            _pass=resume / key if resume else None,
+            **about,
         )
 
-    def spectrum(self, name: str) -> Spectrum:
-        """The spectrum of one matrix's factors, diagonalised once."""
+    def subspace(self, name: str, energy: float, constraint: Constraint | Literal["auto"] = "auto") -> Subspace:
+        """The low-curvature subspace of one matrix.
+
+        Args:
+            name: The matrix.
+            energy: γ in [0, 1).
+            constraint: What is left out: the pairs of largest curvature (``staircase``), a ``cross`` of the same
+                energy, the pairs of largest measured curvature (``ekfac``), or directions of the inputs alone
+                (``inputs``, G = I: Adam-NSCL). ``auto`` is ``staircase``, or ``cross`` of sketched factors.
+
+        Returns:
+            The subspace, in the cheapest exact form.
+
+        Raises:
+            ConfigError: There is no such constraint, ``energy`` is outside [0, 1), or there are no second moments.
+        """
+        if constraint == "auto":
+            constraint = "staircase" if self.factors[name].dense else "cross"
+        key = (name, energy, constraint)
+        if key not in self._subspaces:
+            self._subspaces[key] = self._subspace(*key)
+        return self._subspaces[key]
+
+    def _subspace(self, name: str, energy: float, constraint: Constraint) -> Subspace:
+        if constraint == "cross":
+            return Subspace.of(self._top(name, energy), energy, "cross")
+        spectrum = self.spectrum(name)
+        if constraint == "ekfac":
+            if name not in self.second_moments:
+                raise ConfigError("constraint ekfac needs second moments: call Curvature.measure_second_moments first")
+            return Subspace.of_table(spectrum, self.second_moments[name], energy)
+        if constraint == "inputs":
+            return Subspace.of(spectrum.of_inputs(), energy)
+        return Subspace.of(spectrum, energy)
+
+    def _top(self, name: str, energy: float) -> Spectrum:
+        """As much of a spectrum as a cross takes, found from an earlier one where there is one."""
         if name not in self._spectra:
-            factors = self.factors[name]
-            self._spectra[name] = Spectrum.of(factors.A, factors.G)
+            dense = self.factors[name].dense
+            if dense is None:
+                self._tops[name] = leading_spectrum(self.factors[name])
+            else:
+                self._tops[name] = Spectrum.for_cross(*dense, energy, start=self._tops.get(name))
+        return self._spectra.get(name) or self._tops[name]
+
+    @property
+    def kind(self) -> Kind:
+        """``sketch`` if any factor is one."""
+        return "dense" if all(f.dense for f in self.factors.values()) else "sketch"
+
+    def spectrum(self, name: str) -> Spectrum:
+        """All eigenpairs of one matrix's factors, diagonalised once.
+
+        Raises:
+            ConfigError: The factors are sketches.
+        """
+        dense = self.factors[name].dense
+        if dense is None:
+            raise ConfigError("sketched factors know leading directions only: use constraint cross, or dense factors")
+        if name not in self._spectra:
+            self._spectra[name] = Spectrum.of(*dense)
         return self._spectra[name]
+
+    def measure_second_moments(
+        self, model: Any, tokenizer: Any, texts: Sequence[str], *, progress: Progress = no_progress
+    ) -> None:
+        """Measures what ``constraint="ekfac"`` needs, in :attr:`second_moments`; they are not saved.
+
+        Args:
+            model: The model that the factors are of.
+            tokenizer: Its tokenizer.
+            texts: Those of the factors, or others.
+            progress: Called after every batch.
+        """
+        matrices = edit_matrices(model, self.layers)
+        self.check_model(model, matrices)
+        batches = text_batches(model, tokenizer, texts)
+        spectra = {m.name: self.spectrum(m.name) for m in matrices}
+        self.second_moments = estimate_second_moments(
+            model, matrices, batches, spectra, fisher=self.fisher, seed=self.seed, progress=progress
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -289,10 +283,17 @@ class Curvature:
             "format": FORMAT,
             "crispedit": __version__,
             "model": self.model_name,
+            "model_revision": self.model_revision,
             "model_fingerprint": self.model_fingerprint,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
             "layers": list(self.layers),
-            "matrices": {n: {"d_out": len(f.G), "d_in": len(f.A)} for n, f in self.factors.items()},
+            "matrices": {
+                n: {"d_out": len(f.G), "d_in": len(f.A), **asdict(self.description[n])} for n, f in self.factors.items()
+            },
             "fisher": self.fisher,
+            "factors": self.kind,
             "num_tokens": self.num_tokens,
             "texts": dict(self.texts),
             "seed": self.seed,
@@ -309,11 +310,16 @@ class Curvature:
         Returns:
             The directory.
         """
-        tensors = {f"{n}/{key}": getattr(f, key).cpu().contiguous() for n, f in self.factors.items() for key in "AG"}
+        tensors: dict[str, Tensor] = {}
+        for name, factors in self.factors.items():
+            for side, moment in (("A", factors.A), ("G", factors.G)):
+                tensors |= _stored(f"{name}/{side}", moment)
         with write_directory(Path(directory), overwrite=overwrite) as building:
             save_file(tensors, building / TENSORS)
             write_json(building / MANIFEST, self.manifest())
         self.path = Path(directory)
+        if self._pass is not None:  # its result is safe now
+            shutil.rmtree(self._pass, ignore_errors=True)
         return self.path
 
     @classmethod
@@ -338,40 +344,277 @@ class Curvature:
             raise ArtifactError(f"'{directory}' has curvature format {version}; this version reads {FORMAT}")
         try:
             tensors = load_file(directory / TENSORS)
+            count = manifest["num_tokens"]
             factors = {
-                n: Factors(A=tensors[f"{n}/A"], G=tensors[f"{n}/G"], num_tokens=manifest["num_tokens"])
+                n: Factors(A=_restored(tensors, f"{n}/A"), G=_restored(tensors, f"{n}/G"), num_tokens=count)
                 for n in manifest["matrices"]
             }
+            description = {n: _description(of_matrix) for n, of_matrix in manifest["matrices"].items()}
             return cls(
                 factors=factors,
                 layers=tuple(manifest["layers"]),
                 fisher=manifest["fisher"],
                 model_name=manifest["model"],
+                model_revision=manifest["model_revision"],
                 model_fingerprint=manifest["model_fingerprint"],
+                dtype=manifest["dtype"],
+                tokenizer=manifest["tokenizer"],
+                chat_template=manifest["chat_template"],
                 held_out=tuple(manifest["held_out"]),
                 texts=manifest["texts"],
                 seed=manifest["seed"],
+                description=description,
                 path=directory,
             )
         except (OSError, KeyError, TypeError, SafetensorError) as error:
             raise ArtifactError(f"the curvature directory '{directory}' is damaged: {error}") from error
 
-    def check_model(self, model: Any, matrices: Sequence[EditMatrix]) -> None:
-        """Refuses a curvature of another model, or without the matrices to be edited.
+    def check_model(self, model: Any, matrices: Sequence[EditMatrix], tokenizer: Any = None) -> None:
+        """Refuses a curvature of another model or tokenizer, or without the matrices to be edited.
 
         Args:
             model: The model about to be edited.
             matrices: The matrices about to be edited.
+            tokenizer: The tokenizer that goes with it, where it matters.
 
         Raises:
-            ModelError: The weights differ from those the curvature was computed at.
+            ModelError: Weights or tokenizer differ from those the curvature was computed with.
             ConfigError: A matrix has no factors here.
         """
         if self.model_fingerprint != fingerprint(model):
+            revision = getattr(model.config, "_commit_hash", None)
+            named = [f"'{self.model_name}'", *([f"revision {self.model_revision[:12]}"] if self.model_revision else [])]
+            mine = f", revision {revision[:12]}" if revision and revision != self.model_revision else ""
             raise ModelError(
-                f"the curvature was computed for '{self.model_name}' with other weights (fingerprint "
-                f"{self.model_fingerprint[:12]}, this model has {fingerprint(model)[:12]}); compute it for this model"
+                f"the curvature was computed for {', '.join(named)} with other weights (fingerprint "
+                f"{self.model_fingerprint[:12]}, this model has {fingerprint(model)[:12]}{mine}); "
+                "compute it for this model"
+            )
+        if tokenizer is not None and self.tokenizer != tokenizer_hash(tokenizer):
+            raise ModelError(
+                f"the curvature was computed with another tokenizer (sha256 {self.tokenizer[:12]}, this one has "
+                f"{tokenizer_hash(tokenizer)[:12]}); compute it with this one"
             )
         if missing := [m for m in matrices if m.name not in self.factors]:
             have = ", ".join(map(str, self.layers))
             raise ConfigError(f"the curvature has no factors for layer {missing[0].layer}; it has layers {have}")
+
+
+def content_key(about: Mapping[str, Any], kind: Kind) -> str:
+    """What a curvature is called by its content: all that its factors depend on.
+
+    Args:
+        about: A manifest, or what of it is known before the pass.
+        kind: Of the factors.
+
+    Returns:
+        24 hexadecimal digits.
+    """
+    names = ("model_fingerprint", "dtype", "tokenizer", "fisher", "seed")
+    content = [FORMAT, kind, list(about["layers"]), about["texts"]["sha256"], *(about[name] for name in names)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = None) -> Curvature:
+    """One curvature over several corpora: capabilities and earlier edits, English and code and Chinese.
+
+    Factors add by token count (CrispEdit, Algorithm 2). Leading spectra that are known already, of the curvature
+    with most weight, are where the search for those of the sum sets out.
+
+    Args:
+        curvatures: At least one, of the same model, tokenizer and matrices.
+        weights: In place of the token counts, not negative: 1 and 1 give two corpora the same say, however long.
+
+    Returns:
+        The sum; its held-out texts are those of all. It has no overlap of halves.
+
+    Raises:
+        ConfigError: There is none, there are other numbers of weights, or two do not go together.
+    """
+    if not curvatures:
+        raise ConfigError("there is no curvature to merge; give at least one")
+    if weights is not None and (len(weights) != len(curvatures) or min(weights) < 0 or not 0 < sum(weights) < math.inf):
+        raise ConfigError(
+            f"weights is {list(weights)}; it must be {len(curvatures)} numbers, not negative and not all zero"
+        )
+    first = curvatures[0]
+    for name in ("model_fingerprint", "tokenizer", "dtype", "layers", "fisher"):
+        if wrong := [c for c in curvatures if getattr(c, name) != getattr(first, name)]:
+            ours, theirs = getattr(first, name), getattr(wrong[0], name)
+            raise ConfigError(f"curvatures of different {name} do not add: {_short(ours)} and {_short(theirs)}")
+    factors = {n: merge_factors([c.factors[n] for c in curvatures], weights) for n in first.factors}
+    raw = weights or [c.num_tokens for c in curvatures]
+    heaviest = max(zip(raw, range(len(raw)), strict=True))[1]
+    parts = [{"weight": weight, **c.texts} for weight, c in zip(raw, curvatures, strict=True)]
+    digest = hashlib.sha256(json.dumps([[p["weight"], p["sha256"]] for p in parts]).encode()).hexdigest()
+    return replace(
+        first,
+        factors=factors,
+        held_out=tuple(dict.fromkeys(text for c in curvatures for text in c.held_out)),
+        texts={"source": "merged", "sha256": digest, "seed": None, "samples": None, "parts": parts},
+        description={n: describe(f) for n, f in factors.items()},
+        path=None,
+        seconds=0.0,
+        second_moments={},
+        _spectra={},
+        _tops={**curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
+        _subspaces={},
+        _pass=None,
+    )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def leading_spectrum(factors: Factors) -> Spectrum:
+    """The leading pairs of factors by sketches: of them, or of what they are sketches of."""
+    sketches = [moment if isinstance(moment, Sketch) else Sketch.of(moment) for moment in (factors.A, factors.G)]
+    return Spectrum.of_pairs(sketches[0].eigenpairs, sketches[1].eigenpairs)
+
+
+def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = ENERGY) -> Description:
+    """One matrix's curvature in a few numbers, in seconds at any width.
+
+    Factors up to :data:`DESCRIBED_WHOLE` are diagonalised; wider ones, and sketches, are known by the leading pairs
+    of a sketch: effective ranks come out too large then, the share of the cross too, and the transfer too small.
+
+    Args:
+        factors: Of the matrix.
+        halves: Factors of two halves of the texts, to be compared.
+        energy: γ of the crosses; a tenth or more less where a sketch does not hold so much.
+
+    Returns:
+        The description.
+    """
+    spectra = [known_spectrum(of_texts) for of_texts in (factors, *halves)]
+    sides = zip(spectra[0].traces, (spectra[0].alpha, spectra[0].beta), strict=True)
+    ranks = [trace**2 / max(float(values.square().sum()), 1e-300) for trace, values in sides]
+    energy, crosses = _crosses(spectra, energy)
+    overlap = transfer = None
+    if len(halves) == 2:
+        overlap = cross_overlap(crosses[1], crosses[2])
+        transfer = (_held(crosses[1], halves[1]) + _held(crosses[2], halves[0])) / 2
+    return Description(
+        traces=spectra[0].traces,
+        effective_rank=(ranks[0], ranks[1]),
+        energy=energy,
+        cross=crosses[0].threshold.cross or (0, 0),
+        share=crosses[0].threshold.num_high / math.prod(crosses[0].shape),
+        overlap=overlap,
+        transfer=transfer,
+    )
+
+
+def known_spectrum(factors: Factors) -> Spectrum:
+    """All of a spectrum where that is cheap, else what sketches know of it."""
+    if factors.dense and max(map(len, factors.dense)) <= DESCRIBED_WHOLE:
+        return Spectrum.of(*factors.dense)
+    return leading_spectrum(factors)
+
+
+def _crosses(spectra: Sequence[Spectrum], energy: float) -> tuple[float, list[Subspace]]:
+    """The crosses at an energy, or at a tenth, two tenths, … less, where all spectra know theirs."""
+    while energy > 0:
+        try:
+            return energy, [Subspace.of(spectrum, energy, "cross") for spectrum in spectra]
+        except ConfigError:
+            energy = round(energy - 0.1, 1)
+    return 0.0, [Subspace.of(spectrum, 0.0, "cross") for spectrum in spectra]
+
+
+def _held(cross: Subspace, factors: Factors) -> float:
+    """The share of the curvature of ``factors`` that a cross of other factors holds."""
+    r, c = cross.threshold.cross or (0, 0)
+    sides = ((factors.G, cross.spectrum.output_basis[:, :r]), (factors.A, cross.spectrum.input_basis[:, :c]))
+    return 1 - math.prod(1 - captured(moment, U) / max(trace(moment), 1e-300) for moment, U in sides)
+
+
+def _affordable(matrices: Sequence[EditMatrix]) -> Kind:
+    """The kind that the memory rule gives where the matrices lie; says so when it is a sketch."""
+    devices = {m.parameter.device for m in matrices}
+    on = {device: [m.shape for m in matrices if m.parameter.device == device] for device in devices}
+    kinds: list[Kind] = [choose_kind(shapes, free_memory(device)) for device, shapes in on.items()]
+    if "sketch" in kinds:
+        log.info("dense factors would take more than half of the free memory: factors are sketched")
+        return "sketch"
+    return "dense"
+
+
+def _halves(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[TokenBatch]]:
+    """Token batches of every other text and of the rest; of all together where a half would be empty."""
+    try:
+        return [text_batches(model, tokenizer, half) for half in (texts[0::2], texts[1::2])]
+    except TextsError:
+        return [text_batches(model, tokenizer, texts)]
+
+
+def _estimate_halves(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    halves: Sequence[Sequence[TokenBatch]],
+    fisher: Fisher,
+    kind: Kind,
+    energy: float,
+    seed: int,
+    directory: Path,
+    key: str,
+    progress: Progress,
+) -> tuple[dict[str, Factors], dict[str, Description]]:
+    """Passes over both halves, the first one's factors on disk meanwhile; merged and described matrix by matrix."""
+    total = sum(map(len, halves))
+    files = [directory / f"half-{number}.safetensors" for number in range(len(halves))]
+    last: dict[str, Factors] = {}
+    behind = 0
+    for number, (batches, file) in enumerate(zip(halves, files, strict=True)):
+        last = {}  # free the first half's before the second's are summed
+
+        def report(what: str, done: int, _: int, behind: int = behind) -> None:
+            progress(what, behind + done, total)
+
+        last = estimate_factors(
+            model,
+            matrices,
+            batches,
+            fisher=fisher,
+            seed=len(halves) * seed + number,
+            kind=kind,
+            resume=file,
+            key=key,
+            progress=report,
+        )
+        behind += len(batches)
+    factors, description = {}, {}
+    for number, matrix in enumerate(matrices):
+        parts = [*(saved_factors(file, matrix.name) for file in files[:-1]), last.pop(matrix.name)]
+        parts = [_on(part, matrix.parameter.device) for part in parts]
+        factors[matrix.name] = merge_factors(parts)
+        description[matrix.name] = describe(factors[matrix.name], parts if len(parts) == 2 else (), energy)
+        progress("describing the curvature", number + 1, len(matrices))
+    return factors, description
+
+
+def _on(factors: Factors, device: torch.device) -> Factors:
+    return replace(factors, A=factors.A.to(device), G=factors.G.to(device))
+
+
+def _description(of_matrix: Mapping[str, Any]) -> Description:
+    """A description as a manifest has it: JSON knows no tuples."""
+    values: dict[str, Any] = {f.name: of_matrix[f.name] for f in fields(Description)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Description(**values)
+
+
+def _stored(key: str, moment: Moment) -> dict[str, Tensor]:
+    """A moment as tensors of a file."""
+    if isinstance(moment, Tensor):
+        return {key: moment.cpu().contiguous()}
+    trace_of = torch.tensor(moment.trace, dtype=torch.float64)
+    return {f"{key}.product": moment.product.cpu().contiguous(), f"{key}.trace": trace_of}
+
+
+def _restored(tensors: Mapping[str, Tensor], key: str) -> Moment:
+    """What :func:`_stored` made tensors of."""
+    if f"{key}.product" in tensors:
+        return Sketch(tensors[f"{key}.product"], float(tensors[f"{key}.trace"]))
+    return tensors[key]

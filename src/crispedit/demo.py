@@ -7,11 +7,11 @@ from typing import Any
 from .artifacts import check_writable
 from .bundled import world
 from .checkpoint import read_record
-from .curvature import Progress, no_progress
 from .editing import EditResult
 from .evaluation import evaluate
 from .jobs import EditJob, capability_texts, read_edits
 from .models import BUNDLED, load_model
+from .progress import Progress, no_progress
 
 EDITS = "bundled:demo"
 SETTINGS: dict[str, dict[str, Any]] = {"ft": {"energy": 0.0}, "crispedit": {"energy": 0.9}}

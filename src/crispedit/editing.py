@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -21,12 +21,13 @@ from torch import Tensor
 from . import __version__
 from .artifacts import write_directory, write_json
 from .checkpoint import RECORD, Form, round_to, write_delta, write_model
-from .curvature import Curvature, Progress, no_progress
+from .curvature import Constraint, Curvature
 from .editors import find_editor
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
+from .progress import Progress, no_progress
 from .proof import (
     PROOF_EDITS,
     Example,
@@ -39,6 +40,7 @@ from .proof import (
     spread,
 )
 from .rows import Chat, Prompter
+from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 from .training import float32_masters
 from .wild import Question, ask, questions, score
@@ -181,7 +183,7 @@ def edit(
             model, tokenizer, texts, layers=chosen, seed=seed, model_name=model_name, progress=progress
         )
     if curvature is not None:
-        curvature.check_model(model, matrices)
+        curvature.check_model(model, matrices, tokenizer)
         provenance |= {"texts": dict(curvature.texts), "curvature": curvature.manifest(with_texts=False)}
     if texts is not None:
         provenance["texts"] = texts.manifest()
@@ -268,7 +270,7 @@ def _edit_and_prove(
         after = answers()
         drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
 
-    changes = matrix_changes(change, originals, problem.curvature, getattr(config, "energy", None))
+    changes = matrix_changes(change, originals, _subspaces(problem, config))
     metrics = {
         "before": score(asked, before),
         "after": score(asked, after, base=before),
@@ -281,6 +283,15 @@ def _edit_and_prove(
         "seconds": {"edit": round(seconds, 2)},
     }
     return _Proved(delta=delta, changes=changes, before=before, after=after, metrics=metrics)
+
+
+def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace]:
+    """The subspaces that an editor with an energy has to keep to, by matrix name."""
+    energy = getattr(config, "energy", 0)
+    if problem.curvature is None or not energy:
+        return {}
+    constraint: Constraint | Literal["auto"] = getattr(config, "constraint", "auto")
+    return {m.name: problem.curvature.subspace(m.name, energy, constraint) for m in problem.matrices}
 
 
 def _as_edit_set(edits: Sequence[Any]) -> EditSet:

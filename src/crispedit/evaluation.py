@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .capability import bundled_tasks, logits_of, measure_drift
-from .curvature import Progress, no_progress
 from .edits import Edit
 from .errors import ModelError
 from .judge import find_judge
 from .models import frozen
+from .progress import Progress, no_progress
 from .rows import Chat, Prompter
 from .texts import text_batches
 from .wild import evaluate_edits

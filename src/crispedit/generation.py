@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from .curvature import Progress, no_progress
 from .errors import EditsError
 from .models import context_length
+from .progress import Progress, no_progress
 from .rows import Prompter
 from .texts import PADDING, token_groups
 

@@ -9,7 +9,7 @@ from . import cache
 from .artifacts import read_json
 from .bundled import corpus, world
 from .checkpoint import load_edited, read_record
-from .curvature import Curvature, Progress, no_progress
+from .curvature import Curvature
 from .editing import EditResult
 from .editing import edit as edit_model
 from .editors import find_editor
@@ -17,7 +17,17 @@ from .edits import EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, TextsError
 from .evaluation import evaluate
 from .judge import find_judge
-from .models import BUNDLED, context_length, decoder_blocks, default_layers, fingerprint, load_model, parse_layers
+from .models import (
+    BUNDLED,
+    context_length,
+    decoder_blocks,
+    default_layers,
+    fingerprint,
+    load_model,
+    parse_layers,
+    tokenizer_hash,
+)
+from .progress import Progress, log, no_progress
 from .rows import Prompter
 from .texts import CapabilityTexts, load_texts, split_texts
 
@@ -203,21 +213,33 @@ class EditJob:
     ) -> Curvature:
         """The curvature of these texts from the cache, or computed and kept; without texts, any that fits."""
         chosen = tuple(layers) if layers is not None else default_layers(len(decoder_blocks(model)[1]))
-        print_of_model = fingerprint(model)
-        if texts is None:
-            found = cache.find(print_of_model, chosen)
-            if found is None:
-                raise TextsError(
-                    f"no capability texts for '{self.model}' and no cached curvature of layers "
-                    f"{', '.join(map(str, chosen))}: give --texts FILE or --curvature DIR"
-                )
+        identity = (fingerprint(model), chosen, tokenizer_hash(tokenizer))
+        wanted: dict[str, Any] = (
+            {} if texts is None else {"texts_sha256": texts.sha256, "fisher": "mc", "seed": self.seed}
+        )
+        found = cache.find(*identity, **wanted)
+        if found is not None:
+            log.info(
+                "curvature found in the cache: %s (%s tokens of %s)", found.path, f"{found.num_tokens:,}",
+                found.texts["source"],
+            )  # fmt: skip
             return found
-        found = cache.find(print_of_model, chosen, texts_sha256=texts.sha256, fisher="mc", seed=self.seed)
-        if found is None:
-            found = Curvature.estimate(
-                model, tokenizer, texts, layers=chosen, seed=self.seed, model_name=self.model, progress=progress
+        if texts is None:
+            raise TextsError(
+                f"no capability texts for '{self.model}' and no cached curvature of layers "
+                f"{', '.join(map(str, chosen))}: give --texts FILE or --curvature DIR"
             )
-            cache.keep(found)
+        found = Curvature.estimate(
+            model,
+            tokenizer,
+            texts,
+            layers=chosen,
+            seed=self.seed,
+            model_name=self.model,
+            resume=cache.passes_directory(),
+            progress=progress,
+        )
+        cache.keep(found)
         return found
 
 

@@ -9,6 +9,7 @@ GPT-2's ``Conv1D`` stores Wᵀ. That is known here and nowhere else: :attr:`Edit
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -315,6 +316,27 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of how a tokenizer turns text into tokens: its whole pipeline where it is a fast one, else its vocabulary.
+
+    What calls leave behind in it (truncation, padding) does not count.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any
+    if backend is not None:
+        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    else:
+        vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+        content = [type(tokenizer).__name__, sorted(vocabulary.items())]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def chat_template_hash(tokenizer: Any) -> str | None:
+    """A hash of a tokenizer's chat template, or ``None`` where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
 
 
 @contextmanager

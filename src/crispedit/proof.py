@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .capability import Drift, Logits, logits_of, measure_drift
-from .curvature import Curvature, Progress
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
+from .progress import Progress
 from .rows import EditRow
 from .subspace import Subspace
 from .texts import TokenBatch
@@ -119,14 +119,12 @@ def drift_from(
 
 
 def matrix_changes(
-    delta: dict[str, Tensor], originals: dict[str, Tensor], curvature: Curvature | None, energy: float | None
+    delta: dict[str, Tensor], originals: dict[str, Tensor], subspaces: Mapping[str, Subspace]
 ) -> list[MatrixChange]:
     """Size of every matrix's change, and its share outside the subspace where there is one."""
     changes = []
     for name, change in delta.items():
-        outside = None
-        if curvature is not None and energy:
-            outside = Subspace.of(curvature.spectrum(name), energy).to(change.device).share_outside(change)
+        outside = subspaces[name].to(change.device).share_outside(change) if name in subspaces else None
         norm = float(change.norm())
         changes.append(
             MatrixChange(name=name, norm=norm, relative=norm / float(originals[name].float().norm()), outside=outside)

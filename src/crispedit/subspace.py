@@ -58,7 +58,7 @@ class Spectrum:
     output_basis: Tensor
     traces: tuple[float, float]
     residuals: tuple[Tensor, Tensor]
-    beyond: tuple[Tensor, Tensor] | None = None
+    beyond: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @classmethod
     def of(cls, A: Tensor, G: Tensor) -> "Spectrum":
@@ -74,7 +74,7 @@ class Spectrum:
         Raises:
             NumericsError: A number is not finite.
         """
-        return cls._of_pairs(*(full_eigenpairs(M, name) for M, name in ((A, "A"), (G, "G"))))
+        return cls.of_pairs(*(full_eigenpairs(M, name) for M, name in ((A, "A"), (G, "G"))))
 
     @classmethod
     def for_cross(cls, A: Tensor, G: Tensor, energy: float, *, start: "Spectrum | None" = None) -> "Spectrum":
@@ -102,9 +102,21 @@ class Spectrum:
             r, c = cross_threshold(inputs.at_most(), outputs.at_most(), energy).cross or (0, 0)
             wanted = [(solver, count) for solver, count in ((outputs, r), (inputs, c)) if not solver.settled(count)]
             if not wanted:
-                return cls._of_pairs(inputs.pairs(c + 1), outputs.pairs(r + 1))
+                return cls.of_pairs(inputs.pairs(c + 1), outputs.pairs(r + 1))
             for solver, count in wanted:
                 solver.search(count)
+
+    def of_inputs(self) -> "Spectrum":
+        """The spectrum of A alone, with G = I: the constraint of Adam-NSCL (arXiv 2103.15526)."""
+        d_out = self.shape[0]
+        ones = torch.ones(d_out, dtype=self.beta.dtype, device=self.beta.device)
+        return replace(
+            self,
+            beta=ones,
+            output_basis=torch.eye(d_out, device=self.output_basis.device),
+            traces=(self.traces[0], float(d_out)),
+            residuals=(self.residuals[0], torch.zeros_like(ones)),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,17 +130,47 @@ class Spectrum:
 
     def at_most(self) -> tuple[Tensor, Tensor]:
         """(d_in,) and (d_out,): both spectra, what is unknown taken for as large as bounds and traces allow."""
-        alpha, beta = self.alpha, self.beta
-        if self.beyond is not None:
-            alpha, beta = torch.cat([alpha, self.beyond[0]]), torch.cat([beta, self.beyond[1]])
+        alpha, beta = (
+            values if beyond is None else torch.cat([values, beyond])
+            for values, beyond in zip((self.alpha, self.beta), self.beyond, strict=True)
+        )
         return at_most(alpha, self.traces[0], self.shape[1]), at_most(beta, self.traces[1], self.shape[0])
+
+    def spread_out(self) -> tuple[Tensor, Tensor]:
+        """(d_in,) and (d_out,): both spectra, what is unknown spread evenly, so that it pays as little as may be."""
+        spectra = []
+        for values, trace, n in zip((self.alpha, self.beta), self.traces, self.shape[::-1], strict=True):
+            rest, left = n - len(values), max(trace - float(values.sum()), 0.0)
+            spectra.append(torch.cat([values, values.new_full((rest,), left / max(rest, 1))]))
+        alpha, beta = spectra
+        return alpha, beta
+
+    def known_cross(self, energy: float) -> "Threshold | None":
+        """The smallest cross with an energy; or one that has it for certain, where a smaller one may be unknown.
+
+        Args:
+            energy: γ in [0, 1).
+
+        Returns:
+            The threshold, or ``None`` where a cross takes more eigenvectors than are known.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1).
+        """
+        for spectra in (self.at_most(), self.spread_out()):
+            threshold = cross_threshold(*spectra, energy)
+            r, c = threshold.cross or (0, 0)
+            if r <= len(self.beta) and c <= len(self.alpha):
+                return threshold
+        return None
 
     def to(self, device: torch.device) -> "Spectrum":
         """The spectrum with its bases on another device; the eigenvalues stay where they are."""
         return replace(self, input_basis=self.input_basis.to(device), output_basis=self.output_basis.to(device))
 
     @classmethod
-    def _of_pairs(cls, inputs: Eigenpairs, outputs: Eigenpairs) -> "Spectrum":
+    def of_pairs(cls, inputs: Eigenpairs, outputs: Eigenpairs) -> "Spectrum":
+        """The spectrum of eigenpairs of A and of G."""
         return cls(
             alpha=inputs.values,
             beta=outputs.values,
@@ -148,8 +190,9 @@ class Threshold:
         tau: The k-th largest curvature λ; pairs with λ ≥ tau are high. ``inf`` when k is 0; ``None`` for a cross.
         num_high: How many pairs are high: k, and all pairs tied with the k-th; or those of the cross.
         captured: Share of the total energy tr(A)·tr(G) that the high pairs hold.
-        counts: (d_out,) int64; row i of the staircase has its first ``counts[i]`` pairs high.
+        counts: (d_out,) int64; row i has ``counts[i]`` high pairs: its first ones, unless there is a table.
         cross: (r, c) if the staircase is a cross.
+        table: (d_out, d_in), the curvatures themselves, where they are not products of eigenvalues.
     """
 
     tau: float | None
@@ -157,6 +200,7 @@ class Threshold:
     captured: float
     counts: Tensor
     cross: tuple[int, int] | None = None
+    table: Tensor | None = None
 
 
 def energy_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
@@ -246,6 +290,33 @@ def cross_threshold(alpha: Tensor, beta: Tensor, energy: float) -> Threshold:
     return Threshold(tau=None, num_high=int(counts.sum()), captured=captured, counts=counts, cross=(r, c))
 
 
+def table_threshold(curvatures: Tensor, energy: float) -> Threshold:
+    """Cuts curvatures that are no products at an energy, by sorting: those measured by EK-FAC, say.
+
+    Args:
+        curvatures: (d_out, d_in), not negative.
+        energy: γ in [0, 1). 0 makes no pair high.
+
+    Returns:
+        The threshold, with a table. With equal curvatures at the cut, all of them are high.
+
+    Raises:
+        ConfigError: ``energy`` is outside [0, 1).
+    """
+    check_energy(energy)
+    ordered = curvatures.double().flatten().sort(descending=True).values
+    sums = ordered.cumsum(0)
+    tau, captured = float("inf"), 0.0
+    if energy * float(sums[-1]) > 0:
+        k = min(int(torch.searchsorted(sums, energy * sums[-1])), len(sums) - 1)
+        tau = float(ordered[k])
+    counts = (curvatures >= tau).sum(1)
+    num_high = int(counts.sum())
+    if num_high:
+        captured = float(sums[num_high - 1] / sums[-1])
+    return Threshold(tau=tau, num_high=num_high, captured=captured, counts=counts, table=curvatures)
+
+
 def _left(values: Tensor) -> Tensor:
     """(n + 1,): the share of the sum that the first 0, 1, … n values leave; exactly 1 and 0 at the ends."""
     rest = (values / values.sum()).flip(0).cumsum(0).flip(0)  # summed from the small end, where it matters
@@ -307,6 +378,31 @@ class _Pivot:
         return torch.addmm(found, T, U_A[:, :c].T)
 
 
+def cross_overlap(one: "Subspace", other: "Subspace") -> float:
+    """How far the directions that two crosses leave out are the same: tr(Q Q') / √(tr Q · tr Q').
+
+    With P_G and P_A the projectors onto leading eigenvectors, Q = I − (I − P_G) ⊗ (I − P_A), so that all traces come
+    from the small products of the bases.
+
+    Args:
+        one: A subspace in the form of a cross.
+        other: Another, of the same shape.
+
+    Returns:
+        1 for the same directions; for unrelated ones the share of all directions that they take; 1 for two of none.
+    """
+    (r, c), (s, t) = (subspace.threshold.cross or (0, 0) for subspace in (one, other))
+    d_out, d_in = one.shape
+    bases = (one.spectrum.output_basis[:, :r].T, other.spectrum.output_basis[:, :s].to(one.spectrum.output_basis))
+    in_outputs = float((bases[0] @ bases[1]).square().sum())
+    bases = (one.spectrum.input_basis[:, :c].T, other.spectrum.input_basis[:, :t].to(one.spectrum.input_basis))
+    in_inputs = float((bases[0] @ bases[1]).square().sum())
+    sizes = [d_out * d_in - (d_out - i) * (d_in - j) for i, j in ((r, c), (s, t))]
+    neither = (d_out - r - s + in_outputs) * (d_in - c - t + in_inputs)
+    shared = sum(sizes) - d_out * d_in + neither
+    return shared / (sizes[0] * sizes[1]) ** 0.5 if all(sizes) else float(sizes[0] == sizes[1])
+
+
 def _blocks(first: int, end: int) -> list[tuple[int, int]]:
     """Blocks of 1, 2, 4, … from ``first``, the last one cut at ``end``."""
     starts = [first + 2**k - 1 for k in range(max(end - first, 0).bit_length())]
@@ -354,9 +450,9 @@ class Subspace:
         """
         check_form(form)
         if form == "cross" or (form == "auto" and not spectrum.complete):
-            threshold = cross_threshold(*spectrum.at_most(), energy)
-            r, c = threshold.cross or (0, 0)
-            if r > len(spectrum.beta) or c > len(spectrum.alpha):
+            threshold = spectrum.known_cross(energy)
+            if threshold is None:
+                r, c = cross_threshold(*spectrum.spread_out(), energy).cross or (0, 0)
                 raise ConfigError(
                     f"a cross at energy {energy} needs at least {r} eigenvectors of G and {c} of A; this spectrum has "
                     f"{len(spectrum.beta)} and {len(spectrum.alpha)}: compute it for this energy"
@@ -367,6 +463,25 @@ class Subspace:
         threshold = energy_threshold(spectrum.alpha, spectrum.beta, energy)
         subspaces = [cls(spectrum=spectrum, threshold=threshold, form=f) for f in ("pivot", "equation6")]
         return min((s for s in subspaces if form in ("auto", s.form)), key=lambda s: s.flops)
+
+    @classmethod
+    def of_table(cls, spectrum: Spectrum, curvatures: Tensor, energy: float) -> "Subspace":
+        """The subspace of curvatures measured pair by pair in a Kronecker eigenbasis (EK-FAC; George et al. 2018).
+
+        Args:
+            spectrum: The bases, complete; its eigenvalues play no part.
+            curvatures: (d_out, d_in), not negative; see :func:`crispedit.curvature.estimate_second_moments`.
+            energy: γ in [0, 1).
+
+        Returns:
+            The subspace that leaves out the largest curvatures, in the form of eq. 6.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1), or the spectrum has only leading eigenvectors.
+        """
+        if not spectrum.complete:
+            raise ConfigError("measured curvatures need all eigenvectors; this spectrum has only leading ones")
+        return cls(spectrum=spectrum, threshold=table_threshold(curvatures, energy), form="equation6")
 
     def to(self, device: torch.device) -> "Subspace":
         """The subspace with its bases on another device."""
@@ -403,8 +518,27 @@ class Subspace:
     @cached_property
     def mask(self) -> Tensor:
         """M of the paper's eq. 6: (d_out, d_in) float32, 1 where a pair has low curvature."""
-        counts = self.threshold.counts.to(self.spectrum.input_basis.device)
+        device = self.spectrum.input_basis.device
+        if self.threshold.table is not None and self.threshold.tau is not None:
+            return (self.threshold.table < self.threshold.tau).float().to(device)
+        counts = self.threshold.counts.to(device)
         return (torch.arange(self.shape[1], device=counts.device) >= counts[:, None]).float()
+
+    @cached_property
+    def shrinkage(self) -> Tensor:
+        """F_ij = μ / (λ_ij + μ) with μ = τ: a soft mask, (d_out, d_in) float32, one half where the mask is cut.
+
+        Raises:
+            ConfigError: The subspace is a cross, which no threshold cuts.
+        """
+        tau, spectrum = self.threshold.tau, self.spectrum
+        if tau is None:
+            raise ConfigError("a soft mask needs a threshold, which a cross does not have: use another constraint")
+        if tau == float("inf"):
+            return torch.ones_like(self.mask)
+        table = self.threshold.table
+        curvatures = torch.outer(spectrum.beta, spectrum.alpha) if table is None else table.double()
+        return (tau / (curvatures + tau)).float().to(self.mask.device)
 
     def to_coordinates(self, X: Tensor) -> Tensor:
         """U_Gᵀ X U_A, the coordinates of ``X`` (d_out, d_in) in the Kronecker eigenbasis, unmasked."""

@@ -191,10 +191,12 @@ def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_toke
         The batches. Texts with fewer than two tokens, which have no next token to predict, are left out.
 
     Raises:
-        TextsError: No text has two tokens.
+        TextsError: There is no text, or none has two tokens.
     """
     longest = min(MAX_TOKENS, context_length(model) or MAX_TOKENS)
     batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size)
+    if not texts:
+        raise TextsError("there is no capability text")
     rows = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
     rows = sorted((row for row in rows if len(row) >= 2), key=len)
     if not rows:

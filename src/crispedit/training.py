@@ -1,9 +1,7 @@
-"""The edit loop that every gradient editor shares: FT-M loss, skipping, early stop, and update rules.
+"""The edit loop that every gradient editor shares: FT-M loss, skipping, early stop, the search for a rate.
 
-An update rule says how a gradient of the loss in W becomes a change of W. The *applied* change must lie
-in the low-curvature subspace, not only the gradient: Adam rescales element by element, and a projected
-gradient it has rescaled is no longer in the subspace. Training coordinates (:class:`Coordinates`) keeps
-every change inside by construction. (CrispEdit, arXiv 2602.15823, Algorithm 1; FT-M: appendix E.)
+How a gradient becomes a change of W is the business of an update rule (:mod:`crispedit.updates`).
+(CrispEdit, arXiv 2602.15823, Algorithm 1; FT-M: appendix E.)
 """
 
 import math
@@ -11,16 +9,16 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .curvature import Progress, no_progress
 from .errors import NumericsError
 from .models import EditMatrix
+from .progress import Progress, no_progress
 from .rows import EditRow, collate
-from .subspace import Subspace
+from .updates import UpdateRule
 
 LOWEST, START, LIMIT = 0.25, 2.0, 16.0
 """The lowest learning rate that ``auto`` tries, the first and the highest, times d_in: a step of Adam moves an output
@@ -35,53 +33,6 @@ STEPS_PER_EPOCH = 8
 """An epoch has at least so many steps where the rows suffice (:func:`rows_per_step`)."""
 STOP_LOSS = 0.01
 """An epoch whose mean loss is below this is the last; a batch below it is skipped (paper, Table 2)."""
-
-
-class UpdateRule(Protocol):
-    """How gradients become updates of one matrix."""
-
-    parameter: Tensor
-    """What Adam trains, float32."""
-
-    def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """The gradient in :attr:`parameter` of a loss with gradient ``weight_gradient`` (d_out, d_in) in W."""
-
-    def delta(self) -> Tensor:
-        """The change of W that the parameter stands for, (d_out, d_in) float32."""
-
-
-class Unconstrained:
-    """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
-
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.parameter = torch.zeros(shape, device=device)
-
-    def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """The gradient as it is."""
-        return weight_gradient
-
-    def delta(self) -> Tensor:
-        """The parameter as it is."""
-        return self.parameter
-
-
-class Coordinates:
-    """W = W₀ + U_G (M ⊙ Z) U_Aᵀ, Adam on Z: inside the subspace by construction.
-
-    Adam's moments live in the Kronecker eigenbasis.
-    """
-
-    def __init__(self, subspace: Subspace) -> None:
-        self.subspace = subspace
-        self.parameter = torch.zeros_like(subspace.mask)
-
-    def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """M ⊙ (U_Gᵀ ∇W U_A): Adam leaves coordinates whose gradient is always zero at zero."""
-        return self.subspace.mask * self.subspace.to_coordinates(weight_gradient)
-
-    def delta(self) -> Tensor:
-        """U_G (M ⊙ Z) U_Aᵀ."""
-        return self.subspace.from_coordinates(self.parameter)
 
 
 @contextmanager

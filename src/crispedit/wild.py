@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bundled.world import QA_CONTEXT
-from .curvature import Progress, no_progress
 from .edits import Edit
 from .generation import answers
 from .judge import Judge, exact
+from .progress import Progress, no_progress
 from .rows import Prompter
 
 CONTEXTS = ("no_context", "qa_context")

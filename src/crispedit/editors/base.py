@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..curvature import Curvature, Progress
+from ..curvature import Curvature
 from ..errors import ConfigError, did_you_mean
 from ..models import EditMatrix
+from ..progress import Progress
 from ..rows import EditRow
 from ..training import Trace
 

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ..curvature import Constraint
 from ..errors import ConfigError
-from ..subspace import Subspace
-from ..training import STOP_LOSS, Coordinates, Unconstrained, UpdateRule, fine_tune, rows_per_step
+from ..training import STOP_LOSS, fine_tune, rows_per_step
+from ..updates import Unconstrained, Update, UpdateRule, update_rule
 from .base import EditorConfig, EditProblem, Round
 
 
@@ -25,6 +26,9 @@ class Config(EditorConfig):
         epochs: Passes over the edits, at most.
         batch_size: Edits per step, at most, and never more than an eighth of the edits.
         stop_loss: The mean loss of an epoch that ends the edit.
+        constraint: Which directions are left out; see :meth:`crispedit.curvature.Curvature.subspace`.
+        update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` trains
+            coordinates where all eigenvectors are known, else projects.
     """
 
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -32,6 +36,8 @@ class Config(EditorConfig):
     epochs: Annotated[int, Field(ge=1)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 32
     stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
+    constraint: Constraint | Literal["auto"] = "auto"
+    update: Update | Literal["auto"] = "auto"
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
@@ -55,7 +61,8 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         elif problem.curvature is None:
             raise ConfigError("an energy above 0 needs a curvature: give --curvature or --texts")
         else:
-            rules.append(Coordinates(Subspace.of(problem.curvature.spectrum(matrix.name), config.energy).to(device)))
+            subspace = problem.curvature.subspace(matrix.name, config.energy, config.constraint)
+            rules.append(update_rule(config.update, subspace.to(device)))
     trace = fine_tune(
         problem.model,
         problem.matrices,

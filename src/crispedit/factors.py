@@ -1,0 +1,406 @@
+"""K-FAC factors: a forward and a backward pass over token batches, two second moments per matrix.
+
+Conventions, fixed here for the whole package. A linear map is y = W a. W is (d_out, d_in), a the
+input of a token, g = ∂(loss of the sequence, summed over its tokens)/∂y at that token, and
+
+    A = E[a aᵀ]  (d_in, d_in)        G = E[g gᵀ]  (d_out, d_out)
+
+with both expectations over the tokens that have a next token to predict. Row-major curvature is
+G ⊗ A; applied to a matrix X of W's shape it is X ↦ G X A. A mask has W's shape. ``Conv1D`` is
+transposed in :mod:`crispedit.models` only. (CrispEdit, arXiv 2602.15823, section 3.3 and appendix A;
+Martens & Grosse 2015.)
+
+For softmax cross-entropy the Gauss–Newton Hessian is the Fisher information: the expectation over
+labels *sampled from the model* (``fisher="mc"``). With the texts' own next tokens it is the empirical
+Fisher (``fisher="empirical"``), a different matrix, and the one that the published code computes.
+
+A pass over many texts takes long: it can leave its state in a file as it goes, and go on from there,
+with the same result bit for bit.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import ArtifactError, ConfigError, NumericsError, did_you_mean
+from .models import EditMatrix, frozen
+from .moments import Kind, Moment, MomentSum, moment_of, weighted_sum
+from .progress import Progress, log, no_progress
+from .subspace import Spectrum
+from .texts import TokenBatch, next_tokens
+
+Fisher = Literal["mc", "empirical"]
+SAVE_SECONDS = 30.0
+"""A pass with a file saves its state so often, or less often where saving would take a twentieth of the time."""
+
+
+def check_fisher(fisher: str) -> None:
+    """Raises :class:`ConfigError` unless ``fisher`` is ``mc`` or ``empirical``."""
+    known = get_args(Fisher)
+    if fisher not in known:
+        raise ConfigError(f"fisher is '{fisher}'; it must be {' or '.join(known)}{did_you_mean(fisher, known)}")
+
+
+def check_kind(kind: str) -> None:
+    """Raises :class:`ConfigError` unless ``kind`` is ``auto``, ``dense`` or ``sketch``."""
+    known = ("auto", *get_args(Kind))
+    if kind not in known:
+        raise ConfigError(f"factors is '{kind}'; it must be one of {', '.join(known)}{did_you_mean(kind, known)}")
+
+
+def dense_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """What dense factors of matrices of these shapes (d_out, d_in) take at the most.
+
+    Float32 sums of all, and beside them the float64 diagonalisation of the widest: matrix, eigenvectors, workspace.
+    """
+    return sum(4 * (d_out**2 + d_in**2) for d_out, d_in in shapes) + 24 * max(max(shape) for shape in shapes) ** 2
+
+
+def choose_kind(shapes: Sequence[tuple[int, int]], free_bytes: int) -> Kind:
+    """The memory rule: dense factors if they take no more than half of the free memory, else sketches."""
+    return "dense" if dense_bytes(shapes) <= free_bytes / 2 else "sketch"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of the CPU, what the system can still hand out."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: half of what is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """Both Kronecker factors of one matrix, as means over ``num_tokens`` tokens.
+
+    Args:
+        A: Input second moment, (d_in, d_in) float32, or a sketch of it.
+        G: Output-gradient second moment, (d_out, d_out) float32, or a sketch of it.
+        num_tokens: How many tokens were averaged.
+    """
+
+    A: Moment
+    G: Moment
+    num_tokens: int
+
+    @property
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """A and G where both are dense."""
+        return (self.A, self.G) if isinstance(self.A, Tensor) and isinstance(self.G, Tensor) else None
+
+
+class FactorSums:
+    """Sums of a aᵀ and g gᵀ over tokens, streamed; divided only at the end. Pure tensors.
+
+    Args:
+        shape: (d_out, d_in) of the matrix.
+        device: Where the float32 sums live.
+        kind: ``dense`` or ``sketch``.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device, kind: Kind = "dense") -> None:
+        d_out, d_in = shape
+        self.A, self.G = MomentSum(d_in, kind, device), MomentSum(d_out, kind, device)
+        self.num_tokens = 0
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds tokens: ``inputs`` (tokens, d_in) and ``gradients`` (tokens, d_out)."""
+        self.A.add(inputs)
+        self.G.add(gradients)
+        self.num_tokens += len(inputs)
+
+    def mean(self) -> Factors:
+        """The factors."""
+        return Factors(A=self.A.mean(self.num_tokens), G=self.G.mean(self.num_tokens), num_tokens=self.num_tokens)
+
+
+@contextmanager
+def _recorded(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within, every forward pass leaves input and output of each matrix's module, by name."""
+    records: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # below the first edited matrix nothing is differentiated
+                output = output.detach().requires_grad_()
+            records[name] = (arguments[0].detach(), output)
+            return output.clone()  # a later in-place addition must not reach what was recorded
+
+        return hook
+
+    handles = [matrix.module.register_forward_hook(hook_for(matrix.name)) for matrix in matrices]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _passes(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    fisher: Fisher,
+    generator: torch.Generator,
+    first: int = 0,
+) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
+    """A forward and a backward pass per batch from the ``first`` on, down to the matrices' outputs.
+
+    Yields:
+        Which positions predict a token, (rows, length) bool; and per matrix name the inputs (rows, length, d_in) and
+        the gradients at the outputs (rows, length, d_out) of the loss, summed over a sequence's tokens.
+
+    Raises:
+        NumericsError: The loss is not finite.
+    """
+    device = model.get_input_embeddings().weight.device
+    with frozen(model), _recorded(matrices) as records, torch.enable_grad():
+        for number, batch in enumerate(batches[first:], first):
+            batch = batch.to(device)
+            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
+            labels = next_tokens(batch).to(logits.device)
+            predicted = labels != -100
+            if fisher == "mc":
+                labels[predicted] = _sample(logits.detach()[predicted], generator)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
+            found = {m.name: (records[m.name][0], g) for m, g in zip(matrices, gradients, strict=True)}
+            records.clear()
+            if not torch.isfinite(loss):
+                layers = ", ".join(str(m.layer) for m in matrices)
+                raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
+            yield predicted, found
+
+
+class _State:
+    """Where a pass is: the sums so far, the batches behind it, and the labels' random generator."""
+
+    def __init__(self, matrices: Sequence[EditMatrix], kind: Kind, seed: int) -> None:
+        self.sums = {m.name: FactorSums(m.shape, m.parameter.device, kind) for m in matrices}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn = self.generator.get_state()
+        self.done = 0
+        self.whole = True
+
+    def add(self, predicted: Tensor, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Adds what one batch gave."""
+        self.whole = False  # an interruption in here leaves a batch that only some matrices have
+        for name, (inputs, gradients) in found.items():
+            counted = predicted.to(gradients.device)
+            self.sums[name].add(inputs[counted], gradients[counted])
+        self.drawn = self.generator.get_state()
+        self.done += 1
+        self.whole = True
+
+    def save(self, path: Path, key: str) -> None:
+        """Writes the state to a temporary name and renames it: a kill leaves the one before.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        tensors = {"generator": self.drawn}
+        for name, sums in self.sums.items():
+            for side, moment in (("A", sums.A), ("G", sums.G)):
+                tensors |= {f"{name}/{side}/{part}": t.cpu() for part, t in moment.state().items()}
+        tokens = next(iter(self.sums.values())).num_tokens
+        about = {"key": key, "done": str(self.done), "tokens": str(tokens)}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata=about)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise ArtifactError(f"cannot write the state of the curvature pass to '{path}': {error}") from error
+
+    def restore(self, path: Path, key: str) -> bool:
+        """Goes back to what :meth:`save` wrote for the same pass; ``False`` where there is no such file."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("key") != key:
+                    return False
+                for name, sums in self.sums.items():
+                    for side, moment in (("A", sums.A), ("G", sums.G)):
+                        for part, tensor in moment.state().items():
+                            tensor.copy_(file.get_tensor(f"{name}/{side}/{part}"))
+                    sums.num_tokens = int(about["tokens"])
+                self.drawn = file.get_tensor("generator")
+                self.generator.set_state(self.drawn)
+                self.done = int(about["done"])
+                return True
+        except (OSError, SafetensorError, KeyError, RuntimeError):
+            return False  # damaged, or none: begin again
+
+
+def estimate_factors(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    *,
+    fisher: Fisher = "mc",
+    seed: int = 0,
+    kind: Kind = "dense",
+    resume: Path | None = None,
+    key: str = "",
+    progress: Progress = no_progress,
+) -> dict[str, Factors]:
+    """One pass over token batches: forward, backward to the matrices' outputs, two outer products each.
+
+    Padding under the mask and every row's last token, which predicts nothing, are left out, so the
+    factors do not depend on how rows were put together. Only the outputs of the matrices are
+    differentiated; no parameter gets a gradient.
+
+    Args:
+        model: A causal LM.
+        matrices: The matrices of interest.
+        batches: Right-padded token rows.
+        fisher: Labels sampled from the model (``mc``) or the texts' own (``empirical``).
+        seed: Of the sampled labels.
+        kind: ``dense`` factors, or a ``sketch`` of each.
+        resume: A file for the state of the pass. If it holds that of the same pass, the pass goes on from there,
+            and ends with the same factors bit for bit as one that was never interrupted (same machine, same number
+            of threads). Whoever called removes it.
+        key: Says which pass it is: everything that its result depends on.
+        progress: Called after every batch.
+
+    Returns:
+        Factors by matrix name, on the matrices' devices.
+
+    Raises:
+        ArtifactError: The state cannot be written.
+        KeyboardInterrupt: As it came, after the state was saved.
+        NumericsError: An activation or a gradient is not finite.
+    """
+    state = _State(matrices, kind, seed)
+    if resume is not None and state.restore(resume, key) and state.done < len(batches):
+        log.info("an interrupted pass goes on after batch %d of %d", state.done, len(batches))
+    saved, pause = time.monotonic(), SAVE_SECONDS
+    try:
+        for predicted, found in _passes(model, matrices, batches, fisher, state.generator, state.done):
+            state.add(predicted, found)
+            progress("curvature", state.done, len(batches))
+            if resume is not None and (state.done == len(batches) or time.monotonic() - saved >= pause):
+                started = time.monotonic()
+                state.save(resume, key)
+                saved = time.monotonic()
+                pause = max(SAVE_SECONDS, 20 * (saved - started))
+    except KeyboardInterrupt:
+        if resume is not None and state.whole:
+            state.save(resume, key)
+            log.info("interrupted after batch %d of %d; the same command goes on from there", state.done, len(batches))
+        raise
+    return {name: _checked(name, state.sums.pop(name).mean()) for name in list(state.sums)}
+
+
+def saved_factors(path: Path, name: str) -> Factors:
+    """The factors of one matrix from the file of a finished pass; the others stay on disk.
+
+    Args:
+        path: What ``resume`` was.
+        name: Of the matrix.
+
+    Returns:
+        The factors, on the CPU.
+    """
+    with safe_open(path, "pt") as file:
+        tokens = int(file.metadata()["tokens"])
+        A, G = (
+            moment_of(file.get_tensor(f"{name}/{side}/total"), file.get_tensor(f"{name}/{side}/squares"), tokens)
+            for side in "AG"
+        )
+    return Factors(A=A, G=G, num_tokens=tokens)
+
+
+def _checked(name: str, factors: Factors) -> Factors:
+    """Refuses factors that are not finite."""
+    for moment in (factors.A, factors.G):
+        if not torch.isfinite(moment if isinstance(moment, Tensor) else moment.product).all():
+            raise NumericsError(f"the curvature factors of {name} are not finite; load the model with --dtype float32")
+    return factors
+
+
+def estimate_second_moments(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    spectra: Mapping[str, Spectrum],
+    *,
+    fisher: Fisher = "mc",
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information in the Kronecker eigenbasis, measured: EK-FAC (George et al. 2018).
+
+    ∇W is the gradient of one sequence's loss, summed over its tokens, so that what tokens of a sequence have in
+    common counts, which K-FAC leaves out.
+
+    Args:
+        model: A causal LM.
+        matrices: The matrices of interest.
+        batches: Right-padded token rows.
+        spectra: By matrix name; complete.
+        fisher: See :func:`estimate_factors`, like the next two.
+        seed: See there.
+        progress: See there.
+
+    Returns:
+        By matrix name, (d_out, d_in) float32: E[(U_Gᵀ ∇W U_A)²_ij], divided by tokens as the factors are.
+    """
+    bases = {m.name: spectra[m.name].to(m.parameter.device) for m in matrices}
+    sums = {m.name: torch.zeros(m.shape, device=m.parameter.device) for m in matrices}
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = 0
+    for number, (predicted, found) in enumerate(_passes(model, matrices, batches, fisher, generator)):
+        num_tokens += int(predicted.sum())
+        for name, (inputs, gradients) in found.items():
+            counted = predicted.to(gradients.device)
+            for row, of_row in enumerate(counted):
+                a = inputs[row][of_row].float() @ bases[name].input_basis
+                g = gradients[row][of_row].float() @ bases[name].output_basis
+                sums[name] += (g.T @ a).square()
+        progress("second moments", number + 1, len(batches))
+    return {name: total / num_tokens for name, total in sums.items()}
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label per position from softmax(logits), by the Gumbel trick; drawn on the CPU, the same on every device."""
+    uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
+    return (logits - (-uniform.clamp(1e-20).log()).clamp(1e-20).log()).argmax(-1)
+
+
+def merge_factors(factors: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
+    """Factors over several corpora, weighted by their token counts (CrispEdit, Algorithm 2).
+
+    Args:
+        factors: At least one, of equal shapes.
+        weights: In place of the token counts.
+
+    Returns:
+        A = Σ w_k A_k / Σ w_k, and G likewise; sketched where one of them is.
+    """
+    tokens = [f.num_tokens for f in factors]
+    raw = tokens if weights is None else weights
+    shares = [weight / sum(raw) for weight in raw]
+    return Factors(
+        A=weighted_sum([f.A for f in factors], shares),
+        G=weighted_sum([f.G for f in factors], shares),
+        num_tokens=sum(tokens),
+    )
