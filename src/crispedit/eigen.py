@@ -45,16 +45,16 @@ class Eigenpairs:
         vectors: (n, k) float64, of a sketch float32; orthonormal columns.
         residuals: (k,) float64, ‖M v − λ v‖. Every one of ``values`` lies that close to an eigenvalue of M
             (Parlett, The Symmetric Eigenvalue Problem, theorem 4.5.1).
-        beyond: What the eigenvalues that follow are at most, (j,) float64, descending; those after that are no
-            larger than the last.
         trace: Of M.
+        beyond: What the eigenvalues that follow are at most, (j,) float64, descending, where that is known; those
+            after that are no larger than the last.
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
-    beyond: Tensor
     trace: float
+    beyond: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -121,7 +121,6 @@ def full_eigenpairs(matrix: Tensor, name: str = "") -> Eigenpairs:
         values=values,
         vectors=vectors.flip(1).contiguous(),
         residuals=torch.full_like(values, _rounding(values)),
-        beyond=values[:0],
         trace=float(double.diagonal().sum()),
     )
 

@@ -60,7 +60,7 @@ class Spectrum:
     output_basis: Tensor
     traces: tuple[float, float]
     residuals: tuple[Tensor, Tensor]
-    beyond: tuple[Tensor, Tensor] | None = None
+    beyond: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @classmethod
     def of(cls, A: Tensor, G: Tensor) -> "Spectrum":
@@ -172,9 +172,10 @@ class Spectrum:
 
     def at_most(self) -> tuple[Tensor, Tensor]:
         """(d_in,) and (d_out,): both spectra, what is unknown taken for as large as bounds and traces allow."""
-        alpha, beta = self.alpha, self.beta
-        if self.beyond is not None:
-            alpha, beta = torch.cat([alpha, self.beyond[0]]), torch.cat([beta, self.beyond[1]])
+        alpha, beta = (
+            values if beyond is None else torch.cat([values, beyond])
+            for values, beyond in zip((self.alpha, self.beta), self.beyond, strict=True)
+        )
         return at_most(alpha, self.traces[0], self.shape[1]), at_most(beta, self.traces[1], self.shape[0])
 
     def spread_out(self) -> tuple[Tensor, Tensor]:
