@@ -352,7 +352,5 @@ def refreshed(matrix: Tensor, start: Tensor, name: str = "") -> Eigenpairs | Non
         leading = slice(0, start.shape[1])  # the vectors beyond are there to take up what is new
         missed = float((residuals[leading].square() / values[leading].clamp(min=1e-300)).sum())
         if missed <= MISSED * float(values[leading].sum()):
-            return Eigenpairs(
-                values=values.clamp(min=0), vectors=V.double(), residuals=residuals, beyond=values[:0], trace=trace
-            )
+            return Eigenpairs(values=values.clamp(min=0), vectors=V.double(), residuals=residuals, trace=trace)
     return None

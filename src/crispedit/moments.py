@@ -89,7 +89,7 @@ class Sketch:
         omega = _test_matrix(len(self), self.rank, self.product.device)
         core = self.product.new_zeros(self.rank, self.rank, dtype=torch.float64)  # Ωᵀ Y
         gram = torch.zeros_like(core)  # Yᵀ Y
-        for rows, of_omega in zip(self.product.split(ROWS), omega.split(ROWS), strict=True):
+        for rows, of_omega in zip(torch.split(self.product, ROWS), torch.split(omega, ROWS), strict=True):
             Y = rows.double()
             core += of_omega.double().T @ Y
             gram += Y.T @ Y
@@ -101,13 +101,12 @@ class Sketch:
         kept = values > ROUNDING * values[:1].clamp(min=1e-300)
         values = values[kept]
         basis = root @ (vectors[:, kept] / values.sqrt())
-        vectors = torch.cat([(rows.double() @ basis).float() for rows in self.product.split(ROWS)])
+        vectors = torch.cat([(rows.double() @ basis).float() for rows in torch.split(self.product, ROWS)])
         left = max(self.trace - float(values.sum()), 0.0)
         return Eigenpairs(
             values=values,
             vectors=vectors,
             residuals=torch.full_like(values, left),
-            beyond=values[:0],
             trace=max(self.trace, 0.0),
         )
 

@@ -144,7 +144,7 @@ class Spectrum:
             input_basis=self.input_basis[:, :columns],
             output_basis=self.output_basis[:, :rows],
             residuals=(self.residuals[0][:columns], self.residuals[1][:rows]),
-            beyond=None,
+            beyond=(None, None),
         )
 
     def of_inputs(self) -> "Spectrum":
@@ -157,7 +157,7 @@ class Spectrum:
             output_basis=torch.eye(d_out, device=self.output_basis.device),
             traces=(self.traces[0], float(d_out)),
             residuals=(self.residuals[0], torch.zeros_like(ones)),
-            beyond=None,
+            beyond=(None, None),
         )
 
     @property
