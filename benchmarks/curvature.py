@@ -41,8 +41,10 @@ from crispedit.curvature import Curvature, merge
 from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, load_model
 from crispedit.moments import captured, trace
-from crispedit.subspace import Spectrum, Subspace, cross_overlap, cross_threshold, energy_threshold
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace, cross_overlap
 from crispedit.texts import next_tokens, text_batches
+from crispedit.threshold import cross_threshold, energy_threshold
 
 
 def say(message: str) -> None:

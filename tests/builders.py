@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from crispedit.curvature import Curvature, describe
+from crispedit.curvature import Curvature
 from crispedit.factors import Factors
 
 
@@ -20,6 +20,5 @@ def curvature_of(factors: dict[str, Factors], **changes: Any) -> Curvature:
         "held_out": ("a text",),
         "texts": {"source": "s", "sha256": "t", "seed": 0, "samples": None},
         "seed": 0,
-        "description": {name: describe(of_matrix) for name, of_matrix in factors.items()},
     }
     return Curvature(factors=factors, **about | changes)

@@ -14,12 +14,14 @@ import torch
 
 from builders import curvature_of
 from crispedit import eigen
-from crispedit.curvature import ENERGY, MANIFEST, TENSORS, Curvature, describe, merge
+from crispedit.curvature import MANIFEST, TENSORS, Curvature, merge
+from crispedit.description import ENERGY, describe
 from crispedit.errors import ArtifactError, ConfigError, ModelError
 from crispedit.factors import Factors, estimate_factors, merge_factors
 from crispedit.models import edit_matrices, fingerprint, tokenizer_hash
 from crispedit.moments import Sketch, captured
-from crispedit.subspace import Spectrum, Subspace
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace
 from crispedit.texts import CapabilityTexts, text_batches
 from reference import random_factor, relative, tiny_llama
 

@@ -27,7 +27,8 @@ from crispedit.factors import (
 )
 from crispedit.models import edit_matrices
 from crispedit.moments import Sketch
-from crispedit.subspace import Spectrum, Subspace
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace
 from crispedit.texts import TokenBatch, pad
 from reference import (
     factors_by_loop,

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from crispedit import eigen
 from crispedit.errors import ConfigError
-from crispedit.subspace import Spectrum, Subspace, cross_threshold, energy_threshold
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace
+from crispedit.threshold import cross_threshold, energy_threshold
 from reference import project_by_equation_6, random_factor, relative
 
 ENERGIES = [0.0, 0.1, 0.5, 0.8, 0.95, 0.999]

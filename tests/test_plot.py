@@ -12,7 +12,7 @@ from crispedit.curvature import Curvature
 from crispedit.errors import ArtifactError, ConfigError
 from crispedit.factors import Factors
 from crispedit.plot import Points, _log, boundary, draw_curvature, figure_of
-from crispedit.subspace import Spectrum
+from crispedit.spectrum import Spectrum
 
 
 def factor(size: int, rank: int, seed: int) -> torch.Tensor:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crispedit.errors import ConfigError, NumericsError
-from crispedit.subspace import Spectrum, Subspace, cross_overlap, energy_threshold, table_threshold
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace, cross_overlap
+from crispedit.threshold import energy_threshold, table_threshold
 from reference import low_curvature_projector, project_by_equation_6, random_factor, relative, threshold_by_sorting
 
 TOLERANCE = 1e-5

@@ -12,7 +12,8 @@ from crispedit.errors import NumericsError
 from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, frozen
 from crispedit.rows import EditRow
-from crispedit.subspace import Spectrum, Subspace
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace
 from crispedit.texts import pad
 from crispedit.training import (
     LIMIT,

@@ -7,7 +7,8 @@ import torch
 
 from crispedit.errors import ConfigError
 from crispedit.moments import Sketch
-from crispedit.subspace import Spectrum, Subspace
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace
 from crispedit.updates import Coordinates, Filter, Projected, ProjectedGradient, Update, update_rule
 from reference import project_by_equation_6, random_factor, relative
 

@@ -91,7 +91,7 @@ def curvature(
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
     from .models import parse_layers
-    from .subspace import check_energy
+    from .threshold import check_energy
 
     check_writable(out, overwrite=overwrite)
     check_fisher(fisher)

@@ -9,9 +9,10 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from . import __version__
 from .artifacts import read_json, write_directory, write_json
+from .description import ENERGY, Description, describe, leading_spectrum
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
 from .factors import (
     Factors,
@@ -36,42 +38,16 @@ from .factors import (
     saved_factors,
 )
 from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash
-from .moments import Kind, Moment, Sketch, captured, trace
+from .moments import Kind, Moment, Sketch
 from .progress import Progress, log, no_progress
-from .subspace import Spectrum, Subspace, check_energy, cross_overlap
+from .spectrum import Spectrum
+from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
+from .threshold import check_energy
 
 Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
 FORMAT = 2
 MANIFEST, TENSORS = "curvature.json", "factors.safetensors"
-ENERGY = 0.9
-"""γ at which a curvature is described; the default of an edit."""
-DESCRIBED_WHOLE = 1024
-"""Factors wider than this are described by their sketches: no diagonalisation takes minutes unasked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """One matrix's curvature in a few numbers.
-
-    Args:
-        traces: tr(A) and tr(G).
-        effective_rank: tr(M)² / ‖M‖²_F of A and of G: how many equal directions would be as spread.
-        energy: γ of the cross below: the one asked for, or less where a sketch does not hold so much.
-        cross: Its rows and columns, (r, c).
-        share: Of all directions, in the cross.
-        overlap: Of the crosses that two halves of the texts give: tr(Q Q') / √(tr Q · tr Q'), 1 if they are the
-            same, ``share`` if they have nothing to do with each other. ``None`` without halves.
-        transfer: Share of one half's curvature that the other half's cross holds; γ if the texts are enough.
-    """
-
-    traces: tuple[float, float]
-    effective_rank: tuple[float, float]
-    energy: float
-    cross: tuple[int, int]
-    share: float
-    overlap: float | None
-    transfer: float | None
 
 
 @dataclass(kw_only=True)
@@ -91,7 +67,6 @@ class Curvature:
         held_out: Texts that the factors have not seen, for drift.
         texts: Where the texts came from (:meth:`crispedit.texts.CapabilityTexts.manifest`).
         seed: Of sampled labels.
-        description: By matrix name.
         path: The directory it was read from or written to.
         seconds: What estimating it took; 0 when it was read from disk.
         second_moments: By matrix name, where they were measured; see :func:`estimate_second_moments`.
@@ -109,12 +84,12 @@ class Curvature:
     held_out: tuple[str, ...]
     texts: Mapping[str, Any]
     seed: int
-    description: Mapping[str, Description]
     path: Path | None = None
     seconds: float = 0.0
     second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _tops: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+    _described: dict[str, Description] = field(default_factory=dict, repr=False)
     _pass: Path | None = field(default=None, repr=False)
     _subspaces: dict[tuple[str, float, Constraint], Subspace] = field(default_factory=dict, repr=False)
 
@@ -174,16 +149,15 @@ class Curvature:
         key = content_key(about, kind)
         halves = _halves(model, tokenizer, divided.fit)
         with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
-            found, description = _estimate_halves(
-                model, matrices, halves, fisher, kind, energy, seed, Path(directory), key, progress
-            )
+            one_pass = partial(estimate_factors, model, matrices, fisher=fisher, kind=kind, key=key)
+            found, description = _of_halves(one_pass, matrices, halves, seed, energy, Path(directory), progress)
         return cls(
             factors=found,
             model_name=model_name or str(getattr(model.config, "_name_or_path", "")),
             model_revision=getattr(model.config, "_commit_hash", None),
             chat_template=chat_template_hash(tokenizer),
             held_out=divided.held_out,
-            description=description,
+            _described=description,
             seconds=time.monotonic() - started,
             _pass=resume / key if resume else None,
             **about,
@@ -235,6 +209,13 @@ class Curvature:
             else:
                 self._tops[name] = Spectrum.for_cross(*dense, energy)
         return self._spectra.get(name) or self._tops[name]
+
+    @property
+    def description(self) -> Mapping[str, Description]:
+        """By matrix name; of a sum, made when it is first asked for."""
+        for name in self.factors.keys() - self._described.keys():
+            self._described[name] = describe(self.factors[name])
+        return self._described
 
     @property
     def kind(self) -> Kind:
@@ -351,7 +332,7 @@ class Curvature:
                 n: Factors(A=_restored(tensors, f"{n}/A"), G=_restored(tensors, f"{n}/G"), num_tokens=count)
                 for n in manifest["matrices"]
             }
-            description = {n: _description(of_matrix) for n, of_matrix in manifest["matrices"].items()}
+            description = {n: Description.from_json(of_matrix) for n, of_matrix in manifest["matrices"].items()}
             return cls(
                 factors=factors,
                 layers=tuple(manifest["layers"]),
@@ -365,7 +346,7 @@ class Curvature:
                 held_out=tuple(manifest["held_out"]),
                 texts=manifest["texts"],
                 seed=manifest["seed"],
-                description=description,
+                _described=description,
                 path=directory,
             )
         except (OSError, KeyError, TypeError, SafetensorError) as error:
@@ -445,7 +426,7 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
             ours, theirs = getattr(first, name), getattr(wrong[0], name)
             raise ConfigError(f"curvatures of different {name} do not add: {_short(ours)} and {_short(theirs)}")
     factors = {n: merge_factors([c.factors[n] for c in curvatures], weights) for n in first.factors}
-    raw = weights or [c.num_tokens for c in curvatures]
+    raw = [c.num_tokens for c in curvatures] if weights is None else weights
     heaviest = max(zip(raw, range(len(raw)), strict=True))[1]
     parts = [{"weight": weight, **c.texts} for weight, c in zip(raw, curvatures, strict=True)]
     digest = hashlib.sha256(json.dumps([[p["weight"], p["sha256"]] for p in parts]).encode()).hexdigest()
@@ -454,10 +435,10 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
         factors=factors,
         held_out=tuple(dict.fromkeys(text for c in curvatures for text in c.held_out)),
         texts={"source": "merged", "sha256": digest, "seed": None, "samples": None, "parts": parts},
-        description={n: describe(f) for n, f in factors.items()},
         path=None,
         seconds=0.0,
         second_moments={},
+        _described={},
         _spectra={},
         _tops={**curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
         _subspaces={},
@@ -467,69 +448,6 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
-
-
-def leading_spectrum(factors: Factors) -> Spectrum:
-    """The leading pairs of factors by sketches: of them, or of what they are sketches of."""
-    sketches = [moment if isinstance(moment, Sketch) else Sketch.of(moment) for moment in (factors.A, factors.G)]
-    return Spectrum.of_pairs(sketches[0].eigenpairs, sketches[1].eigenpairs)
-
-
-def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = ENERGY) -> Description:
-    """One matrix's curvature in a few numbers, in seconds at any width.
-
-    Factors up to :data:`DESCRIBED_WHOLE` are diagonalised; wider ones, and sketches, are known by the leading pairs
-    of a sketch: effective ranks come out too large then, the share of the cross too, and the transfer too small.
-
-    Args:
-        factors: Of the matrix.
-        halves: Factors of two halves of the texts, to be compared.
-        energy: γ of the crosses; a tenth or more less where a sketch does not hold so much.
-
-    Returns:
-        The description.
-    """
-    spectra = [known_spectrum(of_texts) for of_texts in (factors, *halves)]
-    sides = zip(spectra[0].traces, (spectra[0].alpha, spectra[0].beta), strict=True)
-    ranks = [trace**2 / max(float(values.square().sum()), 1e-300) for trace, values in sides]
-    energy, crosses = _crosses(spectra, energy)
-    overlap = transfer = None
-    if len(halves) == 2:
-        overlap = cross_overlap(crosses[1], crosses[2])
-        transfer = (_held(crosses[1], halves[1]) + _held(crosses[2], halves[0])) / 2
-    return Description(
-        traces=spectra[0].traces,
-        effective_rank=(ranks[0], ranks[1]),
-        energy=energy,
-        cross=crosses[0].threshold.cross or (0, 0),
-        share=crosses[0].threshold.num_high / math.prod(crosses[0].shape),
-        overlap=overlap,
-        transfer=transfer,
-    )
-
-
-def known_spectrum(factors: Factors) -> Spectrum:
-    """All of a spectrum where that is cheap, else what sketches know of it."""
-    if factors.dense and max(map(len, factors.dense)) <= DESCRIBED_WHOLE:
-        return Spectrum.of(*factors.dense)
-    return leading_spectrum(factors)
-
-
-def _crosses(spectra: Sequence[Spectrum], energy: float) -> tuple[float, list[Subspace]]:
-    """The crosses at an energy, or at a tenth, two tenths, … less, where all spectra know theirs."""
-    while energy > 0:
-        try:
-            return energy, [Subspace.of(spectrum, energy, "cross") for spectrum in spectra]
-        except ConfigError:
-            energy = round(energy - 0.1, 1)
-    return 0.0, [Subspace.of(spectrum, 0.0, "cross") for spectrum in spectra]
-
-
-def _held(cross: Subspace, factors: Factors) -> float:
-    """The share of the curvature of ``factors`` that a cross of other factors holds."""
-    r, c = cross.threshold.cross or (0, 0)
-    sides = ((factors.G, cross.spectrum.output_basis[:, :r]), (factors.A, cross.spectrum.input_basis[:, :c]))
-    return 1 - math.prod(1 - captured(moment, U) / max(trace(moment), 1e-300) for moment, U in sides)
 
 
 def _affordable(matrices: Sequence[EditMatrix]) -> Kind:
@@ -551,40 +469,26 @@ def _halves(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[Token
         return [text_batches(model, tokenizer, texts)]
 
 
-def _estimate_halves(
-    model: Any,
+def _of_halves(
+    one_pass: Callable[..., dict[str, Factors]],
     matrices: Sequence[EditMatrix],
     halves: Sequence[Sequence[TokenBatch]],
-    fisher: Fisher,
-    kind: Kind,
-    energy: float,
     seed: int,
+    energy: float,
     directory: Path,
-    key: str,
     progress: Progress,
 ) -> tuple[dict[str, Factors], dict[str, Description]]:
-    """Passes over both halves, the first one's factors on disk meanwhile; merged and described matrix by matrix."""
-    total = sum(map(len, halves))
+    """Passes over the halves, the first one's factors on disk meanwhile; merged and described matrix by matrix."""
+    total, behind = sum(map(len, halves)), 0
     files = [directory / f"half-{number}.safetensors" for number in range(len(halves))]
     last: dict[str, Factors] = {}
-    behind = 0
     for number, (batches, file) in enumerate(zip(halves, files, strict=True)):
         last = {}  # free the first half's before the second's are summed
 
         def report(what: str, done: int, _: int, behind: int = behind) -> None:
             progress(what, behind + done, total)
 
-        last = estimate_factors(
-            model,
-            matrices,
-            batches,
-            fisher=fisher,
-            seed=len(halves) * seed + number,
-            kind=kind,
-            resume=file,
-            key=key,
-            progress=report,
-        )
+        last = one_pass(batches, seed=len(halves) * seed + number, resume=file, progress=report)
         behind += len(batches)
     factors, description = {}, {}
     for number, matrix in enumerate(matrices):
@@ -598,13 +502,6 @@ def _estimate_halves(
 
 def _on(factors: Factors, device: torch.device) -> Factors:
     return replace(factors, A=factors.A.to(device), G=factors.G.to(device))
-
-
-def _description(of_matrix: Mapping[str, Any]) -> Description:
-    """A description as a manifest has it: JSON knows no tuples."""
-    values: dict[str, Any] = {f.name: of_matrix[f.name] for f in fields(Description)}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Description(**values)
 
 
 def _stored(key: str, moment: Moment) -> dict[str, Tensor]:

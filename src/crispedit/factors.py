@@ -35,7 +35,7 @@ from .errors import ArtifactError, ConfigError, NumericsError, did_you_mean
 from .models import EditMatrix, frozen
 from .moments import Kind, Moment, MomentSum, moment_of, weighted_sum
 from .progress import Progress, log, no_progress
-from .subspace import Spectrum
+from .spectrum import Spectrum
 from .texts import TokenBatch, next_tokens
 
 Fisher = Literal["mc", "empirical"]

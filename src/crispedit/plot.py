@@ -2,7 +2,7 @@
 
 Three panels per matrix. The two spectra, as shares of their traces, so that the product of two values is the
 pair's share of all curvature. The plane of pairs (i, j), cut by the staircase β_i α_j = τ. And the share of
-curvature against the share of directions that it takes to hold it. See :mod:`crispedit.subspace` for the terms.
+curvature against the share of directions that it takes to hold it. See :mod:`crispedit.threshold` for the terms.
 
 The numbers (:class:`Points`) are computed apart from the drawing. matplotlib is the optional extra ``plot``: it is
 imported only by what draws.
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from .artifacts import check_writable
-from .curvature import Curvature, known_spectrum
+from .curvature import Curvature
+from .description import known_spectrum
 from .errors import ArtifactError, ConfigError
-from .subspace import Spectrum, Threshold, check_energy, energy_threshold
+from .spectrum import Spectrum
+from .threshold import Threshold, check_energy, energy_threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
