@@ -13,7 +13,7 @@ from crispedit.texts import TokenBatch, load_texts, next_tokens, split_texts
 class Model:
     """As much of a model as batching looks at: a context of ten tokens."""
 
-    config = PretrainedConfig(max_position_embeddings=10, vocab_size=100)
+    config = PretrainedConfig(max_position_embeddings=10, vocab_size=100, intermediate_size=8)
 
 
 class Words:
@@ -60,6 +60,22 @@ def test_batches_are_bucketed_cut_and_padded_with_eos():
     assert batches[0].mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     with pytest.raises(TextsError, match="no capability text has two tokens"):
         text_batches(Model(), Words(), ["a", "b"])
+
+
+def test_batches_are_smaller_where_the_model_is_wide_or_its_vocabulary_large():
+    from crispedit.texts import text_batches
+
+    texts = ["a b c"] * 40
+    sizes = {}
+    for name, config in {
+        "small": {"vocab_size": 100, "intermediate_size": 8},
+        "wide": {"vocab_size": 100, "intermediate_size": 2**17},
+        "large vocabulary": {"vocab_size": 2**22, "intermediate_size": 8},
+    }.items():
+        model = Model()
+        model.config = PretrainedConfig(max_position_embeddings=10, **config)
+        sizes[name] = max(batch.ids.numel() for batch in text_batches(model, Words(), texts))
+    assert sizes == {"small": 120, "wide": 63, "large vocabulary": 30}
 
 
 def test_next_tokens_leave_out_padding_and_the_last_token():

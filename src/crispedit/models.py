@@ -164,6 +164,15 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def intermediate_width(model: Any) -> int:
+    """The width inside an MLP, which down-projections take as their input."""
+    config = text_config(model)
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    if isinstance(width, list | tuple):  # one for every block
+        width = max(width)
+    return int(width or 4 * config.hidden_size)
+
+
 def context_length(model: Any) -> int | None:
     """The longest row in tokens that the model takes, or ``None`` where it does not say."""
     length = getattr(text_config(model), "max_position_embeddings", None)
@@ -228,8 +237,7 @@ def edit_matrices(model: Any, layers: Sequence[int] | None = None) -> tuple[Edit
 def _down_projection(model: Any, block: nn.Module, where: str) -> nn.Module:
     """The linear map from the intermediate to the hidden width: the last such map of the block."""
     config = text_config(model)
-    hidden = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    hidden, intermediate = config.hidden_size, intermediate_width(model)
     experts = [name for name, p in block.named_parameters() if p.ndim > 2]
     experts += [name for name, m in block.named_modules() if isinstance(m, nn.ModuleList) and _has_linear(m)]
     if experts:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import TextsError, did_you_mean
-from .models import context_length, text_config
+from .models import context_length, intermediate_width, text_config
 
 TokenRow = TypeVar("TokenRow", bound=Sequence[int])
 
@@ -185,7 +185,8 @@ def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_toke
         tokenizer: Its tokenizer; the default special tokens are added.
         texts: The texts.
         batch_tokens: Most tokens of a batch, padding included (one long text may exceed it); fewer where
-            the vocabulary is so large that their logits would take more than half a gigabyte.
+            the vocabulary is so large that their logits would take more than half a gigabyte, or the model so wide
+            that one activation inside an MLP would take more than 32 MB: a backward pass keeps some twenty.
 
     Returns:
         The batches. Texts with fewer than two tokens, which have no next token to predict, are left out.
@@ -194,7 +195,7 @@ def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_toke
         TextsError: There is no text, or none has two tokens.
     """
     longest = min(MAX_TOKENS, context_length(model) or MAX_TOKENS)
-    batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size)
+    batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size, 2**23 // intermediate_width(model))
     if not texts:
         raise TextsError("there is no capability text")
     rows = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
