@@ -348,7 +348,7 @@ def _run(arguments: list[str] | None) -> int:
     try:
         status = app(arguments, standalone_mode=False, prog_name="crispedit")
         if status == 130:  # how Typer returns from a KeyboardInterrupt
-            print("crispedit: interrupted; nothing was written", file=sys.stderr)
+            print("crispedit: interrupted; no result was written", file=sys.stderr)
         return status if isinstance(status, int) else 0
     except CrispEditError as error:
         if debug:

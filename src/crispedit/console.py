@@ -129,12 +129,13 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
 def print_curvature(curvature: Curvature) -> None:
     """The curvature of every matrix in a few numbers, and whether the texts were enough."""
     rows = []
-    for name, d in curvature.description.items():
+    for layer, name in zip(curvature.layers, curvature.factors, strict=True):
+        d = curvature.description[name]
         ranks = " × ".join(f"{rank:.1f}" for rank in reversed(d.effective_rank))
         compared = ["–" if x is None else f"{x:.3f}" for x in (d.overlap, d.transfer)]
-        rows.append([name, ranks, f"{d.energy:g}", f"{100 * d.share:.1f}", *compared])
+        rows.append([str(layer), ranks, f"{d.energy:g}", f"{100 * d.share:.1f}", *compared])
     title = f"{curvature.fisher} Fisher, {curvature.num_tokens:,} tokens, {curvature.kind} factors"
-    print_table(title, ["", "effective rank, G × A", "γ", "protected, %", "overlap", "transfer"], rows)
+    print_table(title, ["layer", "effective rank, G × A", "γ", "protected, %", "overlap", "transfer"], rows)
     out.print(
         "protected: share of directions in the cross that holds γ of the curvature. Two halves of the texts give two "
         "crosses; overlap: how far they are the same (1 is all); transfer: the curvature of one half that the other "
