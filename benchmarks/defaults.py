@@ -11,6 +11,7 @@ held-out capability texts and the five abilities. A finished run is appended to 
 
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Iterable
@@ -37,8 +38,6 @@ PROBES = 200  # per ability: enough to see a point
 
 def probe_like_texts(count: int) -> list[str]:
     """Capability texts that do share the ability probes' templates, for comparison."""
-    import random
-
     rng = random.Random("shared templates")
     rows = [next(abilities.examples(f, rng)) for _ in range(count // 4) for f in abilities.PROMPTED]
     return [f"{prompt} {answer}" for prompt, answer in rows]
@@ -58,7 +57,10 @@ def chosen_texts(which: str) -> CapabilityTexts:
     count = int(which)
     more = corpus.capability_texts(corpus.NUM_CAPABILITY_TEXTS + 2 * count)[corpus.NUM_CAPABILITY_TEXTS :]
     fresh = [text for text in dict.fromkeys(more) if text not in {*texts.fit, *texts.held_out}]
-    return replace(texts, fit=(*texts.fit, *fresh)[:count])
+    fit = [*texts.fit, *fresh][:count]
+    if count > len(texts.fit):
+        random.Random(0).shuffle(fit)  # stories and articles take turns: halves by turns would have one kind each
+    return replace(texts, fit=tuple(fit))
 
 
 def curvature_of(case: dict[str, Any], loaded: LoadedModel, kept: dict[Any, Curvature]) -> Curvature:

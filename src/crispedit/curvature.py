@@ -116,7 +116,8 @@ class Curvature:
         Args:
             model: A Hugging Face causal LM.
             tokenizer: Its tokenizer.
-            texts: Strings, of which a seeded fifth is held out for drift; or texts already divided.
+            texts: Strings, of which a seeded fifth is held out for drift; or texts already divided, in random order
+                (every other one makes a half).
             layers: Decoder blocks; :func:`crispedit.models.default_layers` when omitted.
             fisher: ``mc`` or ``empirical``.
             factors: ``dense``, ``sketch``, or ``auto``: :func:`crispedit.factors.choose_kind`.
