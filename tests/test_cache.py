@@ -1,5 +1,7 @@
 """The cache finds a curvature by what it is of, and is not stopped by damage."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ from builders import curvature_of
 from crispedit import cache
 from crispedit.curvature import Curvature
 from crispedit.factors import Factors
+from crispedit.moments import Sketch
+
+DENSE = {"w": Factors(A=torch.eye(3), G=torch.eye(2), num_tokens=5)}
 
 
-def curvature(fingerprint="f", layers=(1,), sha256="t", **changes) -> Curvature:
-    factors = {"w": Factors(A=torch.eye(3), G=torch.eye(2), num_tokens=5)}
+def curvature(fingerprint="f", layers=(1,), sha256="t", factors=DENSE, **changes) -> Curvature:
     texts = {"source": "s", "sha256": sha256, "seed": 0, "samples": None}
     return curvature_of(factors, layers=layers, model_fingerprint=fingerprint, texts=texts, **changes)
 
@@ -47,6 +51,24 @@ def test_another_one_is_not(other):
     assert cache.find("f", (1, 2), "k") is None
     assert cache.find("f", (1,), "l") is None
     assert cache.find("f", (1,), "k", **other) is None
+
+
+def test_dense_factors_are_found_before_sketched_ones():
+    sketch = {"w": Factors(A=Sketch.of(torch.eye(3)), G=Sketch.of(torch.eye(2)), num_tokens=5)}
+    cache.keep(curvature(factors=sketch))
+    assert cache.find("f", (1,), "k").kind == "sketch"
+    assert cache.find("f", (1,), "k", factors="dense") is None
+    kept = cache.keep(curvature())
+    os.utime(kept / "curvature.json", (0, 0))
+    assert cache.find("f", (1,), "k").kind == "dense"
+
+
+def test_states_of_passes_that_nobody_goes_on_with_are_removed(tmp_path):
+    root = cache.passes_directory()
+    for name in ("old", "new"):
+        (root / name).mkdir(parents=True)
+    os.utime(root / "old", (0, 0))
+    assert [entry.name for entry in cache.passes_directory().iterdir()] == ["new"]
 
 
 def test_a_curvature_elsewhere_is_pointed_to_until_it_is_gone(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from builders import curvature_of
 from crispedit import eigen
@@ -258,7 +261,7 @@ def test_a_sketched_curvature_is_kept_and_serves_a_cross_only(tmp_path):
 def test_an_energy_that_a_sketch_does_not_hold_is_refused_and_described_at_a_lower_one():
     A, G = (Sketch.of(random_factor(power_law(n, 0.5), n).float()) for n in (200, 100))
     curvature = curvature_of({"w": Factors(A=A, G=G, num_tokens=9)})
-    with pytest.raises(ConfigError, match=r"a cross at energy 0\.9 needs at least"):
+    with pytest.raises(ConfigError, match=r"a cross at energy 0\.9 takes more than .* lower the energy"):
         curvature.subspace("w", 0.9)
     assert 0 < curvature.description["w"].energy < 0.9
     assert curvature.subspace("w", curvature.description["w"].energy).form == "cross"
@@ -330,6 +333,29 @@ def test_a_merged_spectrum_sets_out_from_the_one_that_is_known(monkeypatch):
     assert cross.threshold.num_high <= 1.01 * fresh.threshold.num_high
 
 
+def test_the_largest_energy_yet_widens_a_cross_and_a_smaller_one_does_not(monkeypatch):
+    """A first cross that takes no pair of G leaves nothing to set out from on that side."""
+    monkeypatch.setattr(eigen, "DENSE_SIZE", 0)
+    monkeypatch.setattr(eigen, "DENSE_SHARE", 2.0)
+    monkeypatch.setattr(eigen, "BLOCK", 8)
+    spectrum = power_law(120)
+    spectrum[0] = 1.2 * float(spectrum.sum())
+    factors = Factors(A=random_factor(spectrum, 0).float(), G=random_factor(power_law(90), 1).float(), num_tokens=9)
+    curvature = curvature_of({"w": factors})
+    assert curvature.subspace("w", 0.5, "cross").threshold.cross == (0, 1)
+    wide = curvature.subspace("w", 0.9, "cross")
+    r, c = wide.threshold.cross
+    assert r > 0
+    expected = Subspace.of(Spectrum.of(factors.A, factors.G), 0.9, "cross")
+    assert (r, c) == expected.threshold.cross
+    assert curvature.subspace("w", 0.7, "cross").spectrum is wide.spectrum
+    merged = merge([curvature, curvature])
+    assert merged.subspace("w", 0.9, "cross").threshold.num_high <= 1.01 * expected.threshold.num_high
+    nothing = curvature_of({"w": factors})
+    assert nothing.subspace("w", 0.0, "cross").threshold.num_high == 0
+    assert merge([nothing]).subspace("w", 0.9, "cross").threshold.captured >= 0.9 - 1e-6
+
+
 # ---------------------------------------------------------------- interruption
 
 
@@ -358,6 +384,7 @@ def small_batches(monkeypatch):
     from crispedit import curvature, factors
 
     monkeypatch.setattr(factors, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(factors, "SAVE_TIMES", 0)
     monkeypatch.setattr(curvature, "text_batches", partial(text_batches, batch_tokens=40))
 
 
@@ -406,6 +433,97 @@ def test_a_damaged_state_is_as_good_as_none(tmp_path):
 
 
 @pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("missing", ["last tensor", "generator"])
+def test_a_state_with_something_wrong_leaves_nothing_behind(tmp_path, missing):
+    """Found out after some sums were read: they must not be counted on top of."""
+    whole = resumable(tmp_path / "other")
+
+    def interrupt(what, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path, interrupt)
+    (file,) = (tmp_path / "passes").rglob("half-*")
+    with safe_open(file, "pt") as opened:
+        about, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    if missing == "generator":
+        tensors["generator"] = tensors["generator"][:-8]
+    else:
+        del tensors[sorted(tensors)[-1]]
+    save_file(tensors, file, metadata=about)
+    first = []
+    assert same(resumable(tmp_path, lambda what, done, total: first.append(done)), whole)
+    assert first[0] == 1
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_batches_put_together_otherwise_are_another_pass(tmp_path, monkeypatch):
+    from crispedit import curvature
+
+    resumable(tmp_path)
+    monkeypatch.setattr(curvature, "text_batches", partial(text_batches, batch_tokens=80))
+    first = []
+    resumable(tmp_path, lambda what, done, total: first.append(done))
+    assert first[0] == 1
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_pass_begun_with_another_kind_of_factors_goes_on_with_it(tmp_path, monkeypatch):
+    from crispedit import curvature
+
+    def interrupt(what, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path, interrupt)
+    monkeypatch.setattr(curvature, "affordable_kind", lambda matrices: "sketch")
+    assert resumable(tmp_path / "other").kind == "sketch"
+    assert resumable(tmp_path).kind == "dense"
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_another_process_that_ends_the_same_pass_first_takes_nothing_away(tmp_path):
+    """Its state is removed while the second half is under way."""
+    whole = resumable(tmp_path / "other")
+
+    def remove(what, done, total):
+        if done == total - 1:
+            shutil.rmtree(tmp_path / "passes")
+
+    assert same(resumable(tmp_path, remove), whole)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_without_a_place_for_its_state_a_pass_promises_nothing(caplog):
+    caplog.set_level("INFO", "crispedit")
+
+    def interrupt(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Curvature.estimate(tiny_llama(), WordTokenizer(), long_texts(), layers=[0], progress=interrupt)
+    assert "goes on from there" not in caplog.text
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_save_on_the_way_that_fails_does_not_stop_the_pass(tmp_path, caplog):
+    caplog.set_level("INFO", "crispedit")
+    whole = resumable(tmp_path / "other")
+
+    def block(what, done, total):
+        if done == 2:
+            shutil.rmtree(tmp_path / "passes")
+            (tmp_path / "passes").write_text("a file")
+        if done == 4:
+            (tmp_path / "passes").unlink()
+
+    assert same(resumable(tmp_path, block), whole)
+    assert "the pass goes on" in caplog.text
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_a_state_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "passes").write_text("a file")
     with pytest.raises(ArtifactError, match="cannot write the state of the curvature pass"):
@@ -420,7 +538,7 @@ import torch
 from crispedit import curvature, factors, texts
 from crispedit.bundled import corpus
 from crispedit.models import load_model
-factors.SAVE_SECONDS = 0.0
+factors.SAVE_SECONDS = factors.SAVE_TIMES = 0
 curvature.text_batches = partial(texts.text_batches, batch_tokens=512)
 torch.set_num_threads(1)
 loaded = load_model("bundled")

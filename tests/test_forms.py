@@ -202,7 +202,7 @@ def test_a_partial_spectrum_refuses_what_it_does_not_know():
     partial = Spectrum(**first, **bases, traces=spectrum.traces, residuals=spectrum.residuals)
     with pytest.raises(ConfigError, match="form pivot needs all eigenvectors; this spectrum has only leading ones"):
         Subspace.of(partial, 0.8, "pivot")
-    with pytest.raises(ConfigError, match=r"a cross at energy 0\.99 needs at least .* has 4 and 5: compute it for"):
+    with pytest.raises(ConfigError, match=r"a cross at energy 0\.99 takes more than the 4 .* of G and 5 of A"):
         Subspace.of(partial, 0.99)
     with pytest.raises(ConfigError, match=r"form is 'pivott'.*did you mean 'pivot'"):
         Subspace.of(spectrum, 0.8, "pivott")

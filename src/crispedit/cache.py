@@ -6,6 +6,8 @@ factors depend on (:func:`crispedit.curvature.content_key`). The cache lies in `
 """
 
 import os
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,21 @@ def cache_directory() -> Path:
 
 
 def passes_directory() -> Path:
-    """Where the states of unfinished passes are kept."""
-    return cache_directory().with_name("passes")
+    """Where the states of unfinished passes are kept; those that nobody touched for a month are removed."""
+    root = cache_directory().with_name("passes")
+    if root.is_dir():
+        for entry in root.iterdir():
+            if time.time() - _modified(entry) > 30 * 24 * 3600:
+                shutil.rmtree(entry, ignore_errors=True)
+    return root
+
+
+def _modified(path: Path) -> float:
+    """When a path was last changed; long ago if another process has removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def keep(curvature: Curvature) -> Path:
@@ -49,22 +64,27 @@ def find(model_fingerprint: str, layers: Sequence[int], tokenizer: str, **wanted
         model_fingerprint: Of the model.
         layers: The layers that must be in it, exactly.
         tokenizer: Hash of the tokenizer.
-        **wanted: Other fields of the manifest that matter (``fisher``, ``seed``); ``texts_sha256`` for the texts'.
+        **wanted: Other fields of the manifest that matter (``fisher``, ``factors``, ``dtype``, ``seed``);
+            ``texts_sha256`` for the texts'.
 
     Returns:
-        The newest match, or ``None``.
+        The newest match with dense factors, else the newest, or ``None``.
     """
     texts_sha256 = wanted.pop("texts_sha256", None)
     wanted |= {"model_fingerprint": model_fingerprint, "layers": list(layers), "tokenizer": tokenizer}
-    for directory in sorted(_directories(), key=lambda d: (d / MANIFEST).stat().st_mtime, reverse=True):
+    sketch = None
+    for directory in sorted(_directories(), key=lambda d: _modified(d / MANIFEST), reverse=True):
         try:
             manifest = read_json(directory / MANIFEST)
             same_texts = texts_sha256 in (None, manifest["texts"]["sha256"])
             if same_texts and all(manifest.get(name) == value for name, value in wanted.items()):
-                return Curvature.load(directory)
-        except (ArtifactError, KeyError, TypeError):
+                found = Curvature.load(directory)
+                if found.kind == "dense":
+                    return found
+                sketch = sketch or found
+        except (ArtifactError, KeyError, TypeError, AttributeError):
             continue  # a damaged entry is as good as none: what it held will be computed again
-    return None
+    return sketch
 
 
 def _directories() -> Iterator[Path]:

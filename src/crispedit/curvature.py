@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,6 +89,7 @@ class Curvature:
     second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _tops: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+    _starts: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _described: dict[str, Description] = field(default_factory=dict, repr=False)
     _pass: Path | None = field(default=None, repr=False)
     _subspaces: dict[tuple[str, float, Constraint], Subspace] = field(default_factory=dict, repr=False)
@@ -137,7 +138,6 @@ class Curvature:
         started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
         matrices = edit_matrices(model, layers)
-        kind = factors if factors != "auto" else _affordable(matrices)
         about: dict[str, Any] = {
             "layers": tuple(m.layer for m in matrices),
             "fisher": fisher,
@@ -147,10 +147,14 @@ class Curvature:
             "texts": divided.manifest(),
             "seed": seed,
         }
+        kind = _kind_under_way(about, affordable_kind(matrices), resume) if factors == "auto" else factors
         key = content_key(about, kind)
         halves = _halves(model, tokenizer, divided.fit)
+        every = None if resume else math.inf
         with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
-            one_pass = partial(estimate_factors, model, matrices, fisher=fisher, kind=kind, key=key)
+            one_pass = partial(
+                estimate_factors, model, matrices, fisher=fisher, kind=kind, key=_pass_key(key, halves), every=every
+            )
             found, description = _of_halves(one_pass, matrices, halves, seed, energy, Path(directory), progress)
         return cls(
             factors=found,
@@ -200,16 +204,18 @@ class Curvature:
         return Subspace.of(spectrum, energy)
 
     def _top(self, name: str, energy: float) -> Spectrum:
-        """As much of a spectrum as a cross takes, found from an earlier one where there is one."""
-        if name not in self._spectra:
-            dense = self.factors[name].dense
-            if dense is None:
-                self._tops[name] = leading_spectrum(self.factors[name])
-            elif name in self._tops:
-                self._tops[name] = self._tops[name].updated(*dense, energy)
-            else:
-                self._tops[name] = Spectrum.for_cross(*dense, energy)
-        return self._spectra.get(name) or self._tops[name]
+        """As much of a spectrum as a cross takes; of a sum, found from that of its largest part."""
+        known, dense = self._tops.get(name), self.factors[name].dense
+        if dense is None:
+            found = known or leading_spectrum(self.factors[name])
+        elif known is not None:
+            found = known if known.known_cross(energy) else Spectrum.for_cross(*dense, energy, start=known)
+        elif name in self._starts:
+            found = self._starts[name].updated(*dense, energy)
+        else:
+            found = Spectrum.for_cross(*dense, energy)
+        self._tops[name] = found
+        return found
 
     @property
     def description(self) -> Mapping[str, Description]:
@@ -350,7 +356,7 @@ class Curvature:
                 _described=description,
                 path=directory,
             )
-        except (OSError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise ArtifactError(f"the curvature directory '{directory}' is damaged: {error}") from error
 
     def check_model(self, model: Any, matrices: Sequence[EditMatrix], tokenizer: Any = None) -> None:
@@ -410,7 +416,8 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
         weights: In place of the token counts, not negative: 1 and 1 give two corpora the same say, however long.
 
     Returns:
-        The sum; its held-out texts are those of all. It has no overlap of halves.
+        The sum. Its held-out texts are those of all: of texts that were in several corpora, divided otherwise, some
+        are among those that another was fitted on. It has no overlap of halves.
 
     Raises:
         ConfigError: There is none, there are other numbers of weights, or two do not go together.
@@ -441,7 +448,8 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
         second_moments={},
         _described={},
         _spectra={},
-        _tops={**curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
+        _tops={},
+        _starts={**curvatures[heaviest]._starts, **curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
         _subspaces={},
         _pass=None,
     )
@@ -451,7 +459,7 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
-def _affordable(matrices: Sequence[EditMatrix]) -> Kind:
+def affordable_kind(matrices: Sequence[EditMatrix]) -> Kind:
     """The kind that the memory rule gives where the matrices lie; says so when it is a sketch."""
     devices = {m.parameter.device for m in matrices}
     on = {device: [m.shape for m in matrices if m.parameter.device == device] for device in devices}
@@ -460,6 +468,21 @@ def _affordable(matrices: Sequence[EditMatrix]) -> Kind:
         log.info("dense factors would take more than half of the free memory: factors are sketched")
         return "sketch"
     return "dense"
+
+
+def _kind_under_way(about: Mapping[str, Any], affordable: Kind, resume: Path | None) -> Kind:
+    """The kind of a pass that was begun, perhaps when more or less memory was free; else the one that is affordable."""
+    kinds: list[Kind] = [affordable, "sketch" if affordable == "dense" else "dense"]
+    begun = [kind for kind in kinds if resume and (resume / content_key(about, kind)).exists()]
+    return begun[0] if begun else affordable
+
+
+def _pass_key(key: str, halves: Sequence[Sequence[TokenBatch]]) -> str:
+    """The key of a curvature, and the very batches of its pass: another version may put them together otherwise."""
+    digest = hashlib.sha256(key.encode())
+    for batch in (batch for batches in halves for batch in batches):
+        digest.update(str(tuple(batch.ids.shape)).encode() + batch.ids.numpy().tobytes() + batch.mask.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _halves(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[TokenBatch]]:
@@ -483,6 +506,7 @@ def _of_halves(
     total, behind = sum(map(len, halves)), 0
     files = [directory / f"half-{number}.safetensors" for number in range(len(halves))]
     last: dict[str, Factors] = {}
+    finished: list[Any] = []
     for number, (batches, file) in enumerate(zip(halves, files, strict=True)):
         last = {}  # free the first half's before the second's are summed
 
@@ -491,9 +515,10 @@ def _of_halves(
 
         last = one_pass(batches, seed=len(halves) * seed + number, resume=file, progress=report)
         behind += len(batches)
+        finished.append(safe_open(file, "pt"))
     factors, description = {}, {}
     for number, matrix in enumerate(matrices):
-        parts = [*(saved_factors(file, matrix.name) for file in files[:-1]), last.pop(matrix.name)]
+        parts = [*(saved_factors(file, matrix.name) for file in finished[:-1]), last.pop(matrix.name)]
         parts = [_on(part, matrix.parameter.device) for part in parts]
         factors[matrix.name] = merge_factors(parts)
         description[matrix.name] = describe(factors[matrix.name], parts if len(parts) == 2 else (), energy)

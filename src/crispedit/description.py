@@ -76,8 +76,9 @@ def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = E
         The description.
     """
     spectra = [known_spectrum(of_texts) for of_texts in (factors, *halves)]
-    sides = zip(spectra[0].traces, (spectra[0].alpha, spectra[0].beta), strict=True)
-    ranks = [trace**2 / max(float(values.square().sum()), 1e-300) for trace, values in sides]
+    known = zip(spectra[0].traces, (spectra[0].alpha, spectra[0].beta), strict=True)
+    sides = zip(known, spectra[0].shape[::-1], strict=True)
+    ranks = [min(t**2 / max(float(v.square().sum()), 1e-300), n) for (t, v), n in sides]
     energy, crosses = _crosses(spectra, energy)
     overlap = transfer = None
     if len(halves) == 2:

@@ -255,6 +255,7 @@ def _edit_and_prove(
     def loss() -> float:
         return mean_loss(model, shown)
 
+    subspaces = _subspaces(problem, config)  # what cannot be cut is said before anything is asked
     with _restoring(matrices) as originals:
         before = answers()
         with float32_masters(matrices):
@@ -270,7 +271,7 @@ def _edit_and_prove(
         after = answers()
         drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
 
-    changes = matrix_changes(change, originals, _subspaces(problem, config))
+    changes = matrix_changes(change, originals, subspaces)
     metrics = {
         "before": score(asked, before),
         "after": score(asked, after, base=before),

@@ -184,7 +184,7 @@ class TopSolver:
         self._R = self._S = self._T
         self._m, self._width, self._scale = 0, BLOCK, 0.0  # vectors in the basis, in a block; about λ₁
         block = self._random(BLOCK, n)
-        if start is not None:  # mixtures of the old vectors, with a little of everything else
+        if start is not None and start.shape[1]:  # mixtures of the old vectors, with a little of everything else
             mixtures = self._random(BLOCK, start.shape[1]) @ start.to(self.matrix).T
             block = mixtures / mixtures.norm() + NOVELTY * block / block.norm()
         self._next, _, _ = self._orthonormal(block)
@@ -325,12 +325,15 @@ def refreshed(matrix: Tensor, start: Tensor, name: str = "") -> Eigenpairs | Non
         name: Of the matrix, for the error message.
 
     Returns:
-        More than j pairs, the values right to float32 rounding; all of them where that is as cheap; ``None`` where
+        More than j pairs, the values right to float32 rounding; all of them where that is as cheap; none of none;
+        ``None`` where
         more than :data:`MISSED` of the energy would be missed after :data:`ROUNDS` rounds: the matrix is another one.
 
     Raises:
         NumericsError: A number is not finite.
     """
+    if not start.shape[1]:  # nothing to set out from, and nothing that it took
+        return TopSolver(matrix, name).pairs(0)
     if len(matrix) <= DENSE_SIZE or start.shape[1] + 2 * BLOCK * ROUNDS > DENSE_SHARE * len(matrix):
         return full_eigenpairs(matrix, name)
     trace = float(matrix.diagonal().sum(dtype=torch.float64))

@@ -18,6 +18,7 @@ A pass over many texts takes long: it can leave its state in a file as it goes, 
 with the same result bit for bit.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +40,8 @@ from .spectrum import Spectrum
 from .texts import TokenBatch, next_tokens
 
 Fisher = Literal["mc", "empirical"]
-SAVE_SECONDS = 30.0
-"""A pass with a file saves its state so often, or less often where saving would take a twentieth of the time."""
+SAVE_SECONDS, SAVE_TIMES = 30.0, 20
+"""A pass with a file saves its state after so many seconds; and after so many times what the last save took."""
 
 
 def check_fisher(fisher: str) -> None:
@@ -230,6 +231,15 @@ class _State:
                 temporary.unlink()
             raise ArtifactError(f"cannot write the state of the curvature pass to '{path}': {error}") from error
 
+    def try_to_save(self, path: Path, key: str) -> bool:
+        """As :meth:`save`; where it cannot be written, the pass is none the worse for it."""
+        try:
+            self.save(path, key)
+        except ArtifactError as error:
+            log.info("%s; the pass goes on", error)
+            return False
+        return True
+
     def restore(self, path: Path, key: str) -> bool:
         """Goes back to what :meth:`save` wrote for the same pass; ``False`` where there is no such file."""
         try:
@@ -237,17 +247,24 @@ class _State:
                 about = file.metadata() or {}
                 if about.get("key") != key:
                     return False
-                for name, sums in self.sums.items():
-                    for side, moment in (("A", sums.A), ("G", sums.G)):
-                        for part, tensor in moment.state().items():
-                            tensor.copy_(file.get_tensor(f"{name}/{side}/{part}"))
-                    sums.num_tokens = int(about["tokens"])
-                self.drawn = file.get_tensor("generator")
-                self.generator.set_state(self.drawn)
-                self.done = int(about["done"])
-                return True
-        except (OSError, SafetensorError, KeyError, RuntimeError):
+                tokens, done, drawn = int(about["tokens"]), int(about["done"]), file.get_tensor("generator")
+                parts = {
+                    f"{name}/{side}/{part}": tensor
+                    for name, sums in self.sums.items()
+                    for side, moment in (("A", sums.A), ("G", sums.G))
+                    for part, tensor in moment.state().items()
+                }
+                if any(file.get_slice(key).get_shape() != list(tensor.shape) for key, tensor in parts.items()):
+                    return False
+                self.generator.set_state(drawn)
+                for name, tensor in parts.items():  # nothing can be missing now
+                    tensor.copy_(file.get_tensor(name))
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
             return False  # damaged, or none: begin again
+        for sums in self.sums.values():
+            sums.num_tokens = tokens
+        self.drawn, self.done = drawn, done
+        return True
 
 
 def estimate_factors(
@@ -260,6 +277,7 @@ def estimate_factors(
     kind: Kind = "dense",
     resume: Path | None = None,
     key: str = "",
+    every: float | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Factors]:
     """One pass over token batches: forward, backward to the matrices' outputs, two outer products each.
@@ -279,6 +297,7 @@ def estimate_factors(
             and ends with the same factors bit for bit as one that was never interrupted (same machine, same number
             of threads). Whoever called removes it.
         key: Says which pass it is: everything that its result depends on.
+        every: Seconds between saves, :data:`SAVE_SECONDS` when omitted; infinity saves the end only.
         progress: Called after every batch.
 
     Returns:
@@ -290,42 +309,44 @@ def estimate_factors(
         NumericsError: An activation or a gradient is not finite.
     """
     state = _State(matrices, kind, seed)
-    if resume is not None and state.restore(resume, key) and state.done < len(batches):
+    if resume is not None and state.restore(resume, key) and 0 < state.done < len(batches):
         log.info("an interrupted pass goes on after batch %d of %d", state.done, len(batches))
-    saved, pause = time.monotonic(), SAVE_SECONDS
+    every = SAVE_SECONDS if every is None else every
+    saved, pause = time.monotonic(), every
     try:
         for predicted, found in _passes(model, matrices, batches, fisher, state.generator, state.done):
             state.add(predicted, found)
             progress("curvature", state.done, len(batches))
-            if resume is not None and (state.done == len(batches) or time.monotonic() - saved >= pause):
+            if resume is not None and state.done < len(batches) and time.monotonic() - saved >= pause:
                 started = time.monotonic()
-                state.save(resume, key)
+                state.try_to_save(resume, key)
                 saved = time.monotonic()
-                pause = max(SAVE_SECONDS, 20 * (saved - started))
+                pause = max(every, SAVE_TIMES * (saved - started))
     except KeyboardInterrupt:
-        if resume is not None and state.whole:
-            state.save(resume, key)
+        if resume is not None and state.whole and every < math.inf and state.try_to_save(resume, key):
             log.info("interrupted after batch %d of %d; the same command goes on from there", state.done, len(batches))
         raise
+    if resume is not None:
+        state.save(resume, key)
     return {name: _checked(name, state.sums.pop(name).mean()) for name in list(state.sums)}
 
 
-def saved_factors(path: Path, name: str) -> Factors:
+def saved_factors(file: Any, name: str) -> Factors:
     """The factors of one matrix from the file of a finished pass; the others stay on disk.
 
     Args:
-        path: What ``resume`` was.
+        file: What ``resume`` was, opened by ``safetensors.safe_open``: then it can be read even when another process
+            that did the same pass has removed it.
         name: Of the matrix.
 
     Returns:
         The factors, on the CPU.
     """
-    with safe_open(path, "pt") as file:
-        tokens = int(file.metadata()["tokens"])
-        A, G = (
-            moment_of(file.get_tensor(f"{name}/{side}/total"), file.get_tensor(f"{name}/{side}/squares"), tokens)
-            for side in "AG"
-        )
+    tokens = int(file.metadata()["tokens"])
+    A, G = (
+        moment_of(file.get_tensor(f"{name}/{side}/total"), file.get_tensor(f"{name}/{side}/squares"), tokens)
+        for side in "AG"
+    )
     return Factors(A=A, G=G, num_tokens=tokens)
 
 

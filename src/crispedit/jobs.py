@@ -9,7 +9,7 @@ from . import cache
 from .artifacts import read_json
 from .bundled import corpus, world
 from .checkpoint import load_edited, read_record
-from .curvature import Curvature
+from .curvature import Curvature, affordable_kind
 from .editing import EditResult
 from .editing import edit as edit_model
 from .editors import find_editor
@@ -22,6 +22,7 @@ from .models import (
     context_length,
     decoder_blocks,
     default_layers,
+    edit_matrices,
     fingerprint,
     load_model,
     parse_layers,
@@ -214,14 +215,21 @@ class EditJob:
         """The curvature of these texts from the cache, or computed and kept; without texts, any that fits."""
         chosen = tuple(layers) if layers is not None else default_layers(len(decoder_blocks(model)[1]))
         identity = (fingerprint(model), chosen, tokenizer_hash(tokenizer))
-        wanted: dict[str, Any] = (
-            {} if texts is None else {"texts_sha256": texts.sha256, "fisher": "mc", "seed": self.seed}
-        )
+        wanted: dict[str, Any] = {}
+        if texts is not None:
+            wanted = {
+                "texts_sha256": texts.sha256,
+                "fisher": "mc",
+                "factors": affordable_kind(edit_matrices(model, chosen)),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "seed": self.seed,
+            }
         found = cache.find(*identity, **wanted)
         if found is not None:
             log.info(
-                "curvature found in the cache: %s (%s tokens of %s)", found.path, f"{found.num_tokens:,}",
+                "curvature found in the cache: %s (%s tokens of %s, %s factors)", found.path, f"{found.num_tokens:,}",
                 found.texts["source"],
+                found.kind,
             )  # fmt: skip
             return found
         if texts is None:

@@ -37,7 +37,7 @@ def sketch_rank(size: int) -> int:
     return max(1, min(MAX_RANK, size // 2))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _test_matrix(size: int, rank: int, device: torch.device) -> Tensor:
     """Ω: (size, rank) Gaussian float32, always the same one, so that sketches add."""
     generator = torch.Generator().manual_seed(size)
@@ -79,7 +79,7 @@ class Sketch:
     def eigenpairs(self) -> Eigenpairs:
         """The eigenpairs of M_nys that rise above rounding, at most ℓ, with the trace of M; float32 vectors.
 
-        Their residuals with M are bounded by ‖M − M_nys‖ ≤ tr(M) − tr(M_nys), which is what is reported.
+        Their residuals with M are bounded by ‖M − M_nys‖ ≤ tr(M) − tr(M_nys), or by rounding: that is what is reported.
 
         Raises:
             NumericsError: A number is not finite.
@@ -102,7 +102,12 @@ class Sketch:
         values = values[kept]
         basis = root @ (vectors[:, kept] / values.sqrt())
         vectors = torch.cat([(rows.double() @ basis).float() for rows in torch.split(self.product, ROWS)])
-        left = max(self.trace - float(values.sum()), 0.0)
+        overlaps = torch.zeros_like(core[: len(values), : len(values)])  # products left of orthonormal by rounding
+        for rows in torch.split(vectors, ROWS):
+            overlaps += rows.double().T @ rows.double()
+        mend = torch.linalg.inv(torch.linalg.cholesky(overlaps)).T
+        vectors = torch.cat([(rows.double() @ mend).float() for rows in torch.split(vectors, ROWS)])
+        left = max(self.trace - float(values.sum()), ROUNDING * float(values[:1].sum()))
         return Eigenpairs(
             values=values,
             vectors=vectors,
@@ -126,7 +131,7 @@ class MomentSum:
     def __init__(self, size: int, kind: Kind, device: torch.device) -> None:
         columns = size if kind == "dense" else min(size, sketch_rank(size))
         self.total = torch.zeros(size, columns, device=device)
-        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64)  # on the CPU: not every device has float64
 
     def add(self, vectors: Tensor) -> None:
         """Adds vectors, (count, n) of any float dtype."""
@@ -137,7 +142,7 @@ class MomentSum:
         else:
             omega = _test_matrix(size, columns, self.total.device)
             self.total.addmm_(vectors.T, vectors @ omega)
-            self.squares += vectors.square().sum(dtype=torch.float64)
+            self.squares += vectors.square().sum().cpu().double()
 
     def mean(self, count: int) -> Moment:
         """The sum divided by ``count``."""
@@ -176,16 +181,16 @@ def weighted_sum(moments: Sequence[Moment], weights: Sequence[float]) -> Moment:
         weights: As many numbers.
 
     Returns:
-        The sum.
+        The sum, on the device of the first.
     """
     sketches = [moment for moment in moments if isinstance(moment, Sketch)]
     if not sketches:
         total = torch.zeros_like(moments[0])  # type: ignore[arg-type]  # all are tensors
         for moment, weight in zip(moments, weights, strict=True):
-            total.add_(moment, alpha=weight)  # type: ignore[arg-type]
+            total.add_(moment.to(total.device), alpha=weight)  # type: ignore[arg-type]
         return total
     parts = [m if isinstance(m, Sketch) else Sketch.of(m, sketches[0].rank) for m in moments]
     product = torch.zeros_like(parts[0].product)
     for part, weight in zip(parts, weights, strict=True):
-        product.add_(part.product, alpha=weight)
+        product.add_(part.product.to(product.device), alpha=weight)
     return Sketch(product, sum(weight * part.trace for part, weight in zip(parts, weights, strict=True)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import ConfigError, did_you_mean
 from .spectrum import Spectrum
-from .threshold import Threshold, cross_threshold, energy_threshold, table_threshold
+from .threshold import Threshold, energy_threshold, table_threshold
 
 Form = Literal["equation6", "pivot", "cross"]
 
@@ -154,10 +154,9 @@ class Subspace:
         if form == "cross" or (form == "auto" and not spectrum.complete):
             threshold = spectrum.known_cross(energy)
             if threshold is None:
-                r, c = cross_threshold(*spectrum.spread_out(), energy).cross or (0, 0)
                 raise ConfigError(
-                    f"a cross at energy {energy} needs at least {r} eigenvectors of G and {c} of A; this spectrum has "
-                    f"{len(spectrum.beta)} and {len(spectrum.alpha)}: compute it for this energy"
+                    f"a cross at energy {energy} takes more than the {len(spectrum.beta)} eigenvectors of G and "
+                    f"{len(spectrum.alpha)} of A that are known: lower the energy, or compute it from dense factors"
                 )
             return cls(spectrum=spectrum, threshold=threshold, form="cross")
         if not spectrum.complete:
