@@ -309,7 +309,9 @@ def estimate_factors(
         NumericsError: An activation or a gradient is not finite.
     """
     state = _State(matrices, kind, seed)
-    if resume is not None and state.restore(resume, key) and 0 < state.done < len(batches):
+    restored = resume is not None and state.restore(resume, key)
+    finished = restored and state.done == len(batches)
+    if restored and not finished:
         log.info("an interrupted pass goes on after batch %d of %d", state.done, len(batches))
     every = SAVE_SECONDS if every is None else every
     saved, pause = time.monotonic(), every
@@ -326,7 +328,7 @@ def estimate_factors(
         if resume is not None and state.whole and every < math.inf and state.try_to_save(resume, key):
             log.info("interrupted after batch %d of %d; the same command goes on from there", state.done, len(batches))
         raise
-    if resume is not None:
+    if resume is not None and not finished:
         state.save(resume, key)
     return {name: _checked(name, state.sums.pop(name).mean()) for name in list(state.sums)}
 
