@@ -274,13 +274,16 @@ def _draw_pairs(axes: "Axes", points: Points) -> None:
         r, c = points.cross.cross
         share = _percent(points.cross.num_high / size)
         corners = [(d_in + 0.5, r + 0.5), (c + 0.5, r + 0.5), (c + 0.5, d_out + 0.5)]
+        if points.staircase is None:  # then the cross is what is protected
+            outline = [(0.5, 0.5), (d_in + 0.5, 0.5), *corners, (0.5, d_out + 0.5)]
+            axes.fill(*zip(*outline, strict=True), color=CROSS, alpha=0.2, linewidth=0)
         corners = corners[:2] if c == 0 else corners[1:] if r == 0 else corners  # no line along an axis
         axes.plot(*zip(*corners, strict=True), label=f"cross: {share}", **DASHED)
     if points.energy == 0:
         _say(axes, "γ = 0: nothing is protected")
     elif points.staircase is None:
         what = "no staircase" if points.cross is not None else "neither staircase nor cross"
-        _say(axes, f"only leading eigenpairs are known:\n{what}")
+        _say(axes, f"only leading eigenpairs are known:\n{what}", inside=points.cross is not None)
     axes.set_xlabel("input direction j", color=INPUTS)
     axes.set_ylabel("output direction i", color=OUTPUTS)
     _finish(axes)
@@ -328,9 +331,10 @@ def _log(axes: "Axes", which: str, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _say(axes: "Axes", message: str) -> None:
-    """A remark in the upper right, where the plane of pairs is free."""
-    axes.text(0.96, 0.95, message, transform=axes.transAxes, ha="right", va="top", fontsize=9, color=INK)
+def _say(axes: "Axes", message: str, *, inside: bool = False) -> None:
+    """A remark in the upper right, where the plane of pairs is free; or inside, in the lower left of a cross."""
+    x, y, ha, va = (0.04, 0.06, "left", "bottom") if inside else (0.96, 0.95, "right", "top")
+    axes.text(x, y, message, transform=axes.transAxes, ha=ha, va=va, fontsize=9, color=INK)
 
 
 def _finish(axes: "Axes") -> None:
