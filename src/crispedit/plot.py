@@ -283,7 +283,7 @@ def _draw_pairs(axes: "Axes", points: Points) -> None:
         _say(axes, "γ = 0: nothing is protected")
     elif points.staircase is None:
         what = "no staircase" if points.cross is not None else "neither staircase nor cross"
-        _say(axes, f"only leading eigenpairs are known:\n{what}", inside=points.cross is not None)
+        _say(axes, f"only leading\neigenpairs are known:\n{what}", inside=points.cross is not None)
     axes.set_xlabel("input direction j", color=INPUTS)
     axes.set_ylabel("output direction i", color=OUTPUTS)
     _finish(axes)
