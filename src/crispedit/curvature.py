@@ -515,10 +515,12 @@ def _of_halves(
 
         last = one_pass(batches, seed=len(halves) * seed + number, resume=file, progress=report)
         behind += len(batches)
-        finished.append(safe_open(file, "pt"))
+        if number < len(halves) - 1:
+            finished.append(safe_open(file, "pt"))
     factors, description = {}, {}
     for number, matrix in enumerate(matrices):
-        parts = [*(saved_factors(file, matrix.name) for file in finished[:-1]), last.pop(matrix.name)]
+        earlier = zip(files[:-1], finished, strict=True)
+        parts = [*(saved_factors(*file, matrix.name) for file in earlier), last.pop(matrix.name)]
         parts = [_on(part, matrix.parameter.device) for part in parts]
         factors[matrix.name] = merge_factors(parts)
         description[matrix.name] = describe(factors[matrix.name], parts if len(parts) == 2 else (), energy)

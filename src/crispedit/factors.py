@@ -333,17 +333,27 @@ def estimate_factors(
     return {name: _checked(name, state.sums.pop(name).mean()) for name in list(state.sums)}
 
 
-def saved_factors(file: Any, name: str) -> Factors:
+def saved_factors(path: Path, opened: Any, name: str) -> Factors:
     """The factors of one matrix from the file of a finished pass; the others stay on disk.
 
     Args:
-        file: What ``resume`` was, opened by ``safetensors.safe_open``: then it can be read even when another process
-            that did the same pass has removed it.
+        path: What ``resume`` was.
+        opened: The same, opened by ``safetensors.safe_open`` when the pass was finished: it can be read even when
+            another process that did the same pass has removed the file. What is read from it stays mapped, and counts
+            as memory, until it is closed; so it is read only then.
         name: Of the matrix.
 
     Returns:
         The factors, on the CPU.
     """
+    try:
+        with safe_open(path, "pt") as file:
+            return _read_factors(file, name)
+    except OSError:
+        return _read_factors(opened, name)
+
+
+def _read_factors(file: Any, name: str) -> Factors:
     tokens = int(file.metadata()["tokens"])
     A, G = (
         moment_of(file.get_tensor(f"{name}/{side}/total"), file.get_tensor(f"{name}/{side}/squares"), tokens)
