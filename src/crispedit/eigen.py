@@ -332,11 +332,12 @@ def refreshed(matrix: Tensor, start: Tensor, name: str = "") -> Eigenpairs | Non
     Raises:
         NumericsError: A number is not finite.
     """
+    trace = float(matrix.diagonal().sum(dtype=torch.float64))
     if not start.shape[1]:  # nothing to set out from, and nothing that it took
-        return TopSolver(matrix, name).pairs(0)
+        nothing = torch.zeros(0, dtype=torch.float64, device=matrix.device)
+        return Eigenpairs(values=nothing, vectors=nothing.expand(len(matrix), 0), residuals=nothing, trace=trace)
     if len(matrix) <= DENSE_SIZE or start.shape[1] + 2 * BLOCK * ROUNDS > DENSE_SHARE * len(matrix):
         return full_eigenpairs(matrix, name)
-    trace = float(matrix.diagonal().sum(dtype=torch.float64))
     V = start.to(matrix)
     W = matrix @ V
     if not (torch.isfinite(W).all() and math.isfinite(trace)):
