@@ -141,8 +141,8 @@ class Subspace:
             spectrum: Spectrum of the matrix's factors.
             energy: γ in [0, 1).
             form: ``equation6`` and ``pivot`` leave out the pairs of largest λ, and are equal; ``cross`` leaves out a
-                cross. ``auto`` is the cheaper of the first two in flops, or ``cross`` where the spectrum has only
-                leading pairs.
+                cross. ``auto`` is the cheaper of the first two in flops (a pivot never takes more bytes), or ``cross``
+                where the spectrum has only leading pairs.
 
         Returns:
             The subspace, on the spectrum's device.
