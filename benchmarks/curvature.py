@@ -38,9 +38,9 @@ from torch import Tensor
 
 from crispedit.bundled import corpus
 from crispedit.curvature import Curvature, merge
-from crispedit.factors import estimate_factors
+from crispedit.description import held
+from crispedit.factors import Factors, estimate_factors
 from crispedit.models import edit_matrices, load_model
-from crispedit.moments import captured, trace
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace, cross_overlap
 from crispedit.texts import next_tokens, text_batches
@@ -135,16 +135,10 @@ def counted(alpha: Tensor, beta: Tensor, energy: float) -> dict[str, Any]:
     }
 
 
-def held(cross: Subspace, A: Tensor, G: Tensor) -> float:
-    """The share of the curvature of factors that a cross holds, from the factors themselves."""
-    r, c = cross.threshold.cross or (0, 0)
-    sides = ((G, cross.spectrum.output_basis[:, :r]), (A, cross.spectrum.input_basis[:, :c]))
-    return 1 - math.prod(1 - captured(M, U) / trace(M) for M, U in sides)
-
-
 def measured(A: Tensor, G: Tensor, later: tuple[Tensor, Tensor], energy: float) -> dict[str, Any]:
     """Threshold, projections and spectra of two factors, timed; ``later`` are the factors after new tokens."""
     device, shape = A.device, (len(G), len(A))
+    one, other = (Factors(A=a, G=g, num_tokens=1) for a, g in ((A, G), later))
     found: dict[str, Any] = {"shape": shape, "energy": energy}
     spectra = {}
     for name, solve in (
@@ -161,7 +155,7 @@ def measured(A: Tensor, G: Tensor, later: tuple[Tensor, Tensor], energy: float) 
         cross = Subspace.of(spectra[name], energy, "cross")
         found[f"{name}_cross"] = cross.threshold.cross
         found[f"{name}_directions"] = cross.threshold.num_high
-        found[f"{name}_held"] = held(cross, *((A, G) if name == "cross" else later))
+        found[f"{name}_held"] = held(cross, one if name == "cross" else other)
         say(f"{name}: {found[f'{name}_seconds']:.2f} s, {cross.threshold.cross} holds {found[f'{name}_held']:.6f}")
     top = spectra["cross"]
     found["storage_ratio"] = (top.input_basis.numel() + top.output_basis.numel()) / (shape[0] ** 2 + shape[1] ** 2)
@@ -237,7 +231,6 @@ def sketched() -> list[dict[str, Any]]:
     )
     rows = []
     for name, factors in dense.factors.items():
-        A, G = factors.dense or ()
         for energy in (0.8, 0.9):
             one, other = (c.subspace(name, energy, "cross") for c in (dense, sketch))
             columns = [s.spectrum.input_basis[:, : (s.threshold.cross or (0, 0))[1]] for s in (one, other)]
@@ -255,7 +248,7 @@ def sketched() -> list[dict[str, Any]]:
                     "median_angle": float(angles.median()),
                     "largest_angle": float(angles.max()),
                     "overlap": cross_overlap(one, other),
-                    "held": held(other, A, G),
+                    "held": held(other, factors),
                 }
             )
     return rows

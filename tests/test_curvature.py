@@ -61,6 +61,11 @@ def test_a_curvature_read_back_is_the_one_written(curvature, tmp_path):
         assert torch.equal(loaded.spectrum(name).alpha, curvature.spectrum(name).alpha)
 
 
+def test_an_unknown_constraint_is_refused_with_the_nearest_name(curvature):
+    with pytest.raises(ConfigError, match=r"constraint is 'crosss'.*did you mean 'cross'"):
+        curvature.subspace(next(iter(curvature.factors)), 0.5, "crosss")
+
+
 def test_a_spectrum_is_computed_once(curvature):
     (name, *_) = curvature.factors
     assert curvature.spectrum(name) is curvature.spectrum(name)

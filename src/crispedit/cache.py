@@ -72,19 +72,21 @@ def find(model_fingerprint: str, layers: Sequence[int], tokenizer: str, **wanted
     """
     texts_sha256 = wanted.pop("texts_sha256", None)
     wanted |= {"model_fingerprint": model_fingerprint, "layers": list(layers), "tokenizer": tokenizer}
-    sketch = None
-    for directory in sorted(_directories(), key=lambda d: _modified(d / MANIFEST), reverse=True):
+    matches = []
+    for directory in _directories():
         try:
             manifest = read_json(directory / MANIFEST)
             same_texts = texts_sha256 in (None, manifest["texts"]["sha256"])
             if same_texts and all(manifest.get(name) == value for name, value in wanted.items()):
-                found = Curvature.load(directory)
-                if found.kind == "dense":
-                    return found
-                sketch = sketch or found
+                matches.append((manifest["factors"] == "dense", _modified(directory / MANIFEST), directory))
         except (ArtifactError, KeyError, TypeError, AttributeError):
             continue  # a damaged entry is as good as none: what it held will be computed again
-    return sketch
+    for _, _, directory in sorted(matches, reverse=True):
+        try:
+            return Curvature.load(directory)
+        except ArtifactError:
+            continue
+    return None
 
 
 def _directories() -> Iterator[Path]:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import __version__
 from .artifacts import read_json, write_directory, write_json
 from .description import ENERGY, Description, describe, leading_spectrum
-from .errors import ArtifactError, ConfigError, ModelError, TextsError
+from .errors import ArtifactError, ConfigError, ModelError, TextsError, check_choice
 from .factors import (
     Factors,
     Fisher,
@@ -184,6 +184,7 @@ class Curvature:
         Raises:
             ConfigError: There is no such constraint, ``energy`` is outside [0, 1), or there are no second moments.
         """
+        check_choice("constraint", constraint, ("auto", *get_args(Constraint)))
         if constraint == "auto":
             constraint = "staircase" if self.factors[name].dense else "cross"
         key = (name, energy, constraint)

@@ -83,7 +83,7 @@ def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = E
     overlap = transfer = None
     if len(halves) == 2:
         overlap = cross_overlap(crosses[1], crosses[2])
-        transfer = (_held(crosses[1], halves[1]) + _held(crosses[2], halves[0])) / 2
+        transfer = (held(crosses[1], halves[1]) + held(crosses[2], halves[0])) / 2
     return Description(
         traces=spectra[0].traces,
         effective_rank=(ranks[0], ranks[1]),
@@ -112,7 +112,7 @@ def _crosses(spectra: Sequence[Spectrum], energy: float) -> tuple[float, list[Su
     return 0.0, [Subspace.of(spectrum, 0.0, "cross") for spectrum in spectra]
 
 
-def _held(cross: Subspace, factors: Factors) -> float:
+def held(cross: Subspace, factors: Factors) -> float:
     """The share of the curvature of ``factors`` that a cross of other factors holds."""
     r, c = cross.threshold.cross or (0, 0)
     sides = ((factors.G, cross.spectrum.output_basis[:, :r]), (factors.A, cross.spectrum.input_basis[:, :c]))

@@ -61,3 +61,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the name nearest to ``name``, or nothing when none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def check_choice(what: str, value: str, known: Iterable[str]) -> None:
+    """Raises :class:`ConfigError` unless a setting has one of the known values; it names them, and the nearest."""
+    known = list(known)
+    if value not in known:
+        raise ConfigError(f"{what} is '{value}'; it must be one of {', '.join(known)}{did_you_mean(value, known)}")

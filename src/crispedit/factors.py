@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import ArtifactError, ConfigError, NumericsError, did_you_mean
+from .errors import ArtifactError, NumericsError, check_choice
 from .models import EditMatrix, frozen
 from .moments import Kind, Moment, MomentSum, moment_of, weighted_sum
 from .progress import Progress, log, no_progress
@@ -46,16 +46,12 @@ SAVE_SECONDS, SAVE_TIMES = 30.0, 20
 
 def check_fisher(fisher: str) -> None:
     """Raises :class:`ConfigError` unless ``fisher`` is ``mc`` or ``empirical``."""
-    known = get_args(Fisher)
-    if fisher not in known:
-        raise ConfigError(f"fisher is '{fisher}'; it must be {' or '.join(known)}{did_you_mean(fisher, known)}")
+    check_choice("fisher", fisher, get_args(Fisher))
 
 
 def check_kind(kind: str) -> None:
     """Raises :class:`ConfigError` unless ``kind`` is ``auto``, ``dense`` or ``sketch``."""
-    known = ("auto", *get_args(Kind))
-    if kind not in known:
-        raise ConfigError(f"factors is '{kind}'; it must be one of {', '.join(known)}{did_you_mean(kind, known)}")
+    check_choice("factors", kind, ("auto", *get_args(Kind)))
 
 
 def dense_bytes(shapes: Sequence[tuple[int, int]]) -> int:

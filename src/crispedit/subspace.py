@@ -17,18 +17,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, check_choice
 from .spectrum import Spectrum
 from .threshold import Threshold, energy_threshold, table_threshold
 
 Form = Literal["equation6", "pivot", "cross"]
-
-
-def check_form(form: str) -> None:
-    """Raises :class:`ConfigError` unless ``form`` is a form, or ``auto``."""
-    known = (*get_args(Form), "auto")
-    if form not in known:
-        raise ConfigError(f"form is '{form}'; it must be one of {', '.join(known)}{did_you_mean(form, known)}")
 
 
 class _Pivot:
@@ -150,7 +143,7 @@ class Subspace:
         Raises:
             ConfigError: ``energy`` is outside [0, 1), the form is unknown, or the spectrum has too few pairs for it.
         """
-        check_form(form)
+        check_choice("form", form, (*get_args(Form), "auto"))
         if form == "cross" or (form == "auto" and not spectrum.complete):
             threshold = spectrum.known_cross(energy)
             if threshold is None:
