@@ -22,3 +22,18 @@ def curvature_of(factors: dict[str, Factors], **changes: Any) -> Curvature:
         "seed": 0,
     }
     return Curvature(factors=factors, **about | changes)
+
+
+class WordTokenizer:
+    """Every word is a token."""
+
+    pad_token_id = None
+    eos_token_id = 2
+
+    def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[3 + len(word) for word in text.split()][:max_length] for text in texts]}
+
+
+def long_texts() -> list[str]:
+    words = [chr(97 + i) * (1 + i) for i in range(20)]
+    return [" ".join(words[(i * j) % 20] for j in range(1, 12 + i % 7)) for i in range(40)]

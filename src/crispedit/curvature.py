@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import __version__
 from .artifacts import read_json, write_directory, write_json
 from .description import ENERGY, Description, describe, leading_spectrum
-from .errors import ArtifactError, ConfigError, ModelError, TextsError, check_choice
+from .errors import ArtifactError, ConfigError, ModelError, check_choice
 from .factors import (
     Factors,
     Fisher,
@@ -35,14 +35,14 @@ from .factors import (
     estimate_second_moments,
     free_memory,
     merge_factors,
-    saved_factors,
 )
+from .halves import factors_of_halves, pass_key, token_halves
 from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash
 from .moments import Kind, Moment, Sketch
 from .progress import Progress, log, no_progress
 from .spectrum import Spectrum
 from .subspace import Subspace
-from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
+from .texts import CapabilityTexts, split_texts, text_batches
 from .threshold import check_energy
 
 Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
@@ -149,13 +149,13 @@ class Curvature:
         }
         kind = _kind_under_way(about, affordable_kind(matrices), resume) if factors == "auto" else factors
         key = content_key(about, kind)
-        halves = _halves(model, tokenizer, divided.fit)
+        halves = token_halves(model, tokenizer, divided.fit)
         every = None if resume else math.inf
         with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
             one_pass = partial(
-                estimate_factors, model, matrices, fisher=fisher, kind=kind, key=_pass_key(key, halves), every=every
+                estimate_factors, model, matrices, fisher=fisher, kind=kind, key=pass_key(key, halves), every=every
             )
-            found, description = _of_halves(one_pass, matrices, halves, seed, energy, Path(directory), progress)
+            found, description = factors_of_halves(one_pass, matrices, halves, seed, energy, Path(directory), progress)
         return cls(
             factors=found,
             model_name=model_name or str(getattr(model.config, "_name_or_path", "")),
@@ -476,61 +476,6 @@ def _kind_under_way(about: Mapping[str, Any], affordable: Kind, resume: Path | N
     kinds: list[Kind] = [affordable, "sketch" if affordable == "dense" else "dense"]
     begun = [kind for kind in kinds if resume and (resume / content_key(about, kind)).exists()]
     return begun[0] if begun else affordable
-
-
-def _pass_key(key: str, halves: Sequence[Sequence[TokenBatch]]) -> str:
-    """The key of a curvature, and the very batches of its pass: another version may put them together otherwise."""
-    digest = hashlib.sha256(key.encode())
-    for batch in (batch for batches in halves for batch in batches):
-        digest.update(str(tuple(batch.ids.shape)).encode() + batch.ids.numpy().tobytes() + batch.mask.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _halves(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[TokenBatch]]:
-    """Token batches of every other text and of the rest; of all together where a half would be empty."""
-    try:
-        return [text_batches(model, tokenizer, half) for half in (texts[0::2], texts[1::2])]
-    except TextsError:
-        return [text_batches(model, tokenizer, texts)]
-
-
-def _of_halves(
-    one_pass: Callable[..., dict[str, Factors]],
-    matrices: Sequence[EditMatrix],
-    halves: Sequence[Sequence[TokenBatch]],
-    seed: int,
-    energy: float,
-    directory: Path,
-    progress: Progress,
-) -> tuple[dict[str, Factors], dict[str, Description]]:
-    """Passes over the halves, the first one's factors on disk meanwhile; merged and described matrix by matrix."""
-    total, behind = sum(map(len, halves)), 0
-    files = [directory / f"half-{number}.safetensors" for number in range(len(halves))]
-    last: dict[str, Factors] = {}
-    finished: list[Any] = []
-    for number, (batches, file) in enumerate(zip(halves, files, strict=True)):
-        last = {}  # free the first half's before the second's are summed
-
-        def report(what: str, done: int, _: int, behind: int = behind) -> None:
-            progress(what, behind + done, total)
-
-        last = one_pass(batches, seed=len(halves) * seed + number, resume=file, progress=report)
-        behind += len(batches)
-        if number < len(halves) - 1:
-            finished.append(safe_open(file, "pt"))
-    factors, description = {}, {}
-    for number, matrix in enumerate(matrices):
-        earlier = zip(files[:-1], finished, strict=True)
-        parts = [*(saved_factors(*file, matrix.name) for file in earlier), last.pop(matrix.name)]
-        parts = [_on(part, matrix.parameter.device) for part in parts]
-        factors[matrix.name] = merge_factors(parts)
-        description[matrix.name] = describe(factors[matrix.name], parts if len(parts) == 2 else (), energy)
-        progress("describing the curvature", number + 1, len(matrices))
-    return factors, description
-
-
-def _on(factors: Factors, device: torch.device) -> Factors:
-    return replace(factors, A=factors.A.to(device), G=factors.G.to(device))
 
 
 def _stored(key: str, moment: Moment) -> dict[str, Tensor]:
