@@ -252,6 +252,23 @@ def _down_projection(model: Any, block: nn.Module, where: str) -> nn.Module:
     return found[-1]
 
 
+def mlp_of(model: Any, block: nn.Module) -> nn.Module:
+    """The child of a decoder block that its down-projection is in: the MLP.
+
+    Args:
+        model: The causal LM.
+        block: One of its decoder blocks.
+
+    Returns:
+        The module; the down-projection itself where the block has no module for its MLP.
+
+    Raises:
+        ModelError: The block has no down-projection that can be told apart.
+    """
+    down = _down_projection(model, block, "a block")
+    return next(child for child in block.children() if any(module is down for module in child.modules()))
+
+
 def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
 

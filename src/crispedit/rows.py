@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from .edits import Edit
 from .errors import ConfigError, EditsError, ModelError, did_you_mean
-from .texts import TokenBatch, pad
 
 Chat = Literal["auto", "on", "off"]
 Turns = Sequence[tuple[str, str]]
@@ -162,19 +159,3 @@ class Prompter:
         # not all_special_ids: it leaves out those with no role, such as Phi-3's <|end|>
         special = [i for i in ids if i in added and added[i].special]
         return next(iter(special + [i for i in ids if i in added]), self.tokenizer.eos_token_id)
-
-
-def collate(rows: Sequence[EditRow]) -> tuple[TokenBatch, Tensor]:
-    """Rows as one right-padded batch with labels.
-
-    Args:
-        rows: At least one.
-
-    Returns:
-        The batch, and labels (rows, length): the next token where it carries loss, −100 elsewhere.
-    """
-    batch = pad([row.ids for row in rows])
-    labels = torch.full_like(batch.ids, -100)
-    for index, row in enumerate(rows):
-        labels[index, row.prompt_length - 1 : len(row.ids) - 1] = torch.tensor(row.ids[row.prompt_length :])
-    return batch, labels

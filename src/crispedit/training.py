@@ -9,16 +9,20 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .errors import NumericsError
+from .errors import NumericsError, check_choice
+from .forward import collate, target_logits
 from .models import EditMatrix
 from .progress import Progress, no_progress
-from .rows import EditRow, collate
+from .replay import RowLogits, Start, row_logits
+from .rows import EditRow
 from .updates import UpdateRule
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 LOWEST, START, LIMIT = 0.25, 2.0, 16.0
 """The lowest learning rate that ``auto`` tries, the first and the highest, times d_in: a step of Adam moves an output
@@ -84,12 +88,71 @@ def edit_loss(model: Any, rows: Sequence[EditRow]) -> Tensor:
     Returns:
         A scalar.
     """
-    batch, labels = collate(rows)
-    batch = batch.to(model.get_input_embeddings().weight.device)
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    labels = labels.to(logits.device)
-    counted = labels != -100
-    return nn.functional.cross_entropy(logits[counted].float(), labels[counted])
+    batch = collate(rows).to(model.get_input_embeddings().weight.device)
+    logits = target_logits(model, batch)
+    return nn.functional.cross_entropy(logits.float(), batch.labels.to(logits.device))
+
+
+def mixed_precision(precision: Precision, model: Any) -> bool:
+    """Whether a step computes in bfloat16 around the float32 masters.
+
+    Args:
+        precision: ``bfloat16``, ``float32`` (the model's own dtype, that is), or ``auto``: bfloat16 where the
+            hardware multiplies such matrices faster, a GPU from Ampere on or a CPU with AMX; never for a float16 model.
+        model: The causal LM, on its device.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        ConfigError: ``precision`` is none of these.
+    """
+    check_choice("precision", precision, get_args(Precision))
+    if precision != "auto" or model.dtype == torch.float16:
+        return precision == "bfloat16"
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_capability(model.device) >= (8, 0)
+    return model.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+class _Reading:
+    """A number on its way from the device: it is waited for only when it is asked for.
+
+    On a GPU the copy is queued behind what computes the number, and not behind what is queued after it.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.event = None
+        self.value = value.detach()
+        if value.device.type == "cuda":
+            self.value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(self.value, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def get(self) -> float:
+        """The number."""
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
+
+
+def bucketed(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """All rows in batches of like length, so that little is padding, in random order.
+
+    Args:
+        lengths: Of the rows.
+        batch_size: Rows per batch; one batch may have fewer.
+        rng: Shuffles rows of one length among each other, and the batches.
+
+    Returns:
+        Indices of rows, each once.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    order.sort(key=lengths.__getitem__)  # stable: rows of one length stay shuffled
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
 @dataclass(frozen=True)
@@ -110,6 +173,8 @@ class Trace:
         steps: Updates made.
         stopped_early: Whether the loss fell below the bound.
         trials: Of learning rates, where one was looked for; the last one taken is that of the run.
+        forward: From where steps were computed: ``start``, ``error``, ``num_bytes``, ``kept`` of
+            :class:`crispedit.replay.RowLogits`, and whether in mixed ``precision``.
     """
 
     epoch_losses: list[float] = field(default_factory=list)
@@ -117,6 +182,7 @@ class Trace:
     steps: int = 0
     stopped_early: bool = False
     trials: list[Trial] = field(default_factory=list)
+    forward: dict[str, Any] = field(default_factory=dict)
 
 
 def rows_per_step(num_rows: int, at_most: int) -> int:
@@ -165,10 +231,10 @@ def progress_ratio(losses: Sequence[float], others: Sequence[float]) -> float:
 class _Loop:
     """What all runs over the same rows share."""
 
-    model: Any
+    logits: RowLogits
+    mixed: bool
     matrices: Sequence[EditMatrix]
     rules: Sequence[UpdateRule]
-    rows: Sequence[EditRow]
     batch_size: int
     seed: int
     stop_loss: float
@@ -178,12 +244,19 @@ class _Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return -(-len(self.logits.rows) // self.batch_size)
+
+    def loss(self, chosen: Sequence[int]) -> Tensor:
+        """Mean cross-entropy over the target tokens of some rows."""
+        device = self.matrices[0].parameter.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
+            logits, labels = self.logits(chosen)
+        return nn.functional.cross_entropy(logits.float(), labels)
 
     def apply(self) -> None:
         """Writes what the rules stand for into the matrices."""
         for matrix, rule, original in zip(self.matrices, self.rules, self.originals, strict=True):
-            matrix.weight.copy_(original + rule.delta())
+            torch.add(original, rule.delta(), out=matrix.weight)
 
 
 class _Run:
@@ -194,7 +267,7 @@ class _Run:
         for rule, start in zip(loop.rules, starts, strict=True):
             rule.parameter.copy_(start)
         loop.apply()
-        self.optimizer = torch.optim.Adam([rule.parameter for rule in loop.rules], lr=rate)
+        self.optimizer = torch.optim.Adam([rule.parameter for rule in loop.rules], lr=rate, fused=True)
         self.rng = random.Random(loop.seed)
 
     def until(self, epochs: int, label: str, of: int, *, halve: bool = False) -> Trace:
@@ -219,26 +292,32 @@ class _Run:
     def _epoch(self, label: str, of: int) -> float:
         """One pass over the rows; the mean loss."""
         loop, epoch = self.loop, len(self.trace.epoch_losses)
-        order = list(loop.rows)
-        self.rng.shuffle(order)
+        lengths = [len(row.ids) for row in loop.logits.rows]
         total = 0.0
-        for step in range(loop.steps_per_epoch):
-            batch = order[step * loop.batch_size : (step + 1) * loop.batch_size]
-            loss = edit_loss(loop.model, batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                where = f"epoch {epoch + 1}, step {step + 1}"
-                raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
-            total += value * len(batch)
-            if value >= loop.stop_loss:
-                gradients = torch.autograd.grad(loss, [matrix.parameter for matrix in loop.matrices])
-                for matrix, rule, gradient in zip(loop.matrices, loop.rules, gradients, strict=True):
-                    rule.parameter.grad = rule.gradient(matrix.as_weight(gradient))
-                self.optimizer.step()
-                loop.apply()
-                self.trace.steps += 1
+        for step, chosen in enumerate(bucketed(lengths, loop.batch_size, self.rng)):
+            total += self._step(chosen, f"epoch {epoch + 1}, step {step + 1}") * len(chosen)
             loop.progress(label, epoch * loop.steps_per_epoch + step + 1, of * loop.steps_per_epoch)
-        return total / len(loop.rows)
+        return total / len(lengths)
+
+    def _step(self, chosen: Sequence[int], where: str) -> float:
+        """One batch: its loss before the update, which is left out where the loss is low already."""
+        loop = self.loop
+        loss = loop.loss(chosen)
+        reading = _Reading(loss)
+        if loss.device.type == "cpu" and reading.get() < loop.stop_loss:
+            return reading.get()
+        # elsewhere the backward pass is queued before the loss is known: nothing waits for it
+        gradients = torch.autograd.grad(loss, [matrix.parameter for matrix in loop.matrices])
+        value = reading.get()
+        if not math.isfinite(value):
+            raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
+        if value >= loop.stop_loss:
+            for matrix, rule, gradient in zip(loop.matrices, loop.rules, gradients, strict=True):
+                rule.parameter.grad = rule.gradient(matrix.as_weight(gradient))
+            self.optimizer.step()
+            loop.apply()
+            self.trace.steps += 1
+        return value
 
 
 def _at_found_rate(loop: _Loop, starts: Sequence[Tensor], epochs: int) -> Trace:
@@ -284,6 +363,8 @@ def fine_tune(
     batch_size: int,
     seed: int = 0,
     stop_loss: float = STOP_LOSS,
+    start: Start = "matrix",
+    precision: Precision = "auto",
     progress: Progress = no_progress,
 ) -> Trace:
     """Fine-tunes the matrices in place with Adam, each through its update rule.
@@ -302,21 +383,26 @@ def fine_tune(
         lr: Adam's learning rate, or ``auto``.
         epochs: Passes over the rows, at most; trials that are not taken come on top.
         batch_size: Rows per step.
-        seed: Of the order of rows, reshuffled every epoch.
+        seed: Of the order of rows (:func:`bucketed`), reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
+        start: The most that is replayed (:mod:`crispedit.replay`).
+        precision: See :func:`mixed_precision`.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
         What happened, epoch by epoch.
 
     Raises:
+        ConfigError: There is no such ``precision``.
         NumericsError: A loss is not finite.
     """
+    mixed = mixed_precision(precision, model)
+    logits = row_logits(model, matrices, rows, start=start, progress=progress)
     loop = _Loop(
-        model=model,
+        logits=logits,
+        mixed=mixed,
         matrices=matrices,
         rules=rules,
-        rows=rows,
         batch_size=batch_size,
         seed=seed,
         stop_loss=stop_loss,
@@ -325,5 +411,8 @@ def fine_tune(
     )
     starts = [rule.parameter.clone() for rule in rules]
     if lr == "auto":
-        return _at_found_rate(loop, starts, epochs)
-    return _Run(loop, starts, lr).until(epochs, "edit", epochs)
+        trace = _at_found_rate(loop, starts, epochs)
+    else:
+        trace = _Run(loop, starts, lr).until(epochs, "edit", epochs)
+    trace.forward = {**logits.report(), "precision": "bfloat16" if mixed else str(model.dtype).removeprefix("torch.")}
+    return trace

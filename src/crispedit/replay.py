@@ -1,0 +1,388 @@
+"""Replay: what lies below the first edited matrix is run once per edit row, and never again.
+
+Nothing there changes while a model is edited, so its results are the same in every epoch. Recorded are, for every
+real token, the input a of the first edited matrix W and the rest r of its block's output, h = r + n(W a), where n is
+what follows the MLP (a norm in some families, nothing in most). A step computes h from the record, and goes on
+through the model's own code: masks, rotary tables, attention of every kind, norms and scaled logits are the model's,
+and only the blocks below are told to do nothing. (design: CrispEdit, arXiv 2602.15823, has frozen blocks recomputed.)
+
+What is replayed is compared with the whole model on real rows, with weights that were moved; where they do not agree,
+less is replayed: from the input of the first edited block (``block``), or nothing (``targets``, ``whole``).
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CrispEditError
+from .factors import free_memory
+from .forward import RowBatch, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
+from .models import EditMatrix, decoder_blocks, intermediate_width
+from .progress import Progress, log, no_progress
+from .rows import EditRow
+
+Start = Literal["matrix", "block", "targets", "whole"]
+"""Where a step sets out: at the input of the first edited matrix, of its block, or at the embedding, with logits at
+target positions or everywhere."""
+STARTS: tuple[Start, ...] = ("matrix", "block", "targets", "whole")
+MEMORY_SHARE = 0.25
+"""Records that take more of the free memory than this are kept in a file and mapped into memory."""
+CHECK_ROWS = 8
+CHECK_MOVE = 0.05
+"""Weights are moved by so much of their norm before a replay is compared with the whole model."""
+RECORD_TOKENS = 4096
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far replayed logits may be off, relative in Frobenius norm, the mean over the vocabulary taken out.
+
+    1e-5 in float32. In lower precision two machine epsilons: a residual stream is rounded after every addition, and
+    r = h − n(W a) is rounded once more than what the whole model adds up; each rounding is up to half an epsilon, and
+    through the blocks above they add up like a random walk, as they do between two batches of the whole model.
+    """
+    return 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+
+@dataclass(kw_only=True)
+class RowLogits:
+    """Logits at the targets of edit rows, from as far up as the model allows.
+
+    Args:
+        model: The causal LM.
+        rows: The rows.
+        start: Where a step sets out.
+        error: How far the check found it off the whole model (:func:`tolerance`); ``None`` where nothing is recorded.
+        num_bytes: Of the record.
+        kept: Where the record lies: ``memory``, ``cpu memory`` beside another device, ``file``, or ``""``.
+    """
+
+    model: Any
+    rows: Sequence[EditRow]
+    start: Start
+    packed: bool = False
+    error: float | None = None
+    num_bytes: int = 0
+    kept: str = ""
+    _record: "_Record | None" = field(default=None, repr=False)
+
+    def record(self, first: EditMatrix, progress: Progress = no_progress) -> None:
+        """Runs what lies below ``start`` over all rows and keeps it; ``first`` is the first edited matrix."""
+        self._record = _Record(self.model, first, self.rows, self.start, self.packed, progress)
+        self.num_bytes, self.kept = self._record.num_bytes, self._record.kept
+
+    def report(self) -> dict[str, Any]:
+        """What a user may want to know of it, JSON-ready."""
+        names = ("start", "packed", "error", "num_bytes", "kept")
+        return {name: getattr(self, name) for name in names}
+
+    def __call__(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits of some rows.
+
+        Args:
+            chosen: Their indices.
+
+        Returns:
+            Logits (targets, vocabulary) and labels (targets,), on one device.
+        """
+        batch = _collated(self.model, [self.rows[index] for index in chosen], self.packed)
+        if self._record is not None:
+            logits = self._record.logits(self.model, batch, chosen)
+        else:
+            logits = (whole_logits if self.start == "whole" else target_logits)(self.model, batch)
+        return logits, batch.labels.to(logits.device)
+
+
+def _collated(model: Any, rows: Sequence[EditRow], packed: bool) -> RowBatch:
+    """Rows on the device of a model's embeddings."""
+    batch = collate_packed(rows, pair_cost(model)) if packed else collate(rows)
+    return batch.to(model.get_input_embeddings().weight.device)
+
+
+def row_logits(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    rows: Sequence[EditRow],
+    *,
+    start: Start = "matrix",
+    progress: Progress = no_progress,
+) -> RowLogits:
+    """Records what is below the first edited matrix for all rows, and checks the replay against the whole model.
+
+    Args:
+        model: A causal LM in evaluation mode.
+        matrices: What will be edited, in ascending order of layers; nothing else may change while this is used.
+        rows: The edits' rows.
+        start: The most that is replayed.
+        progress: Called after every batch that is recorded.
+
+    Returns:
+        The logits of rows, from the highest start that passes the check.
+    """
+    packed = _fits(RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, "packing rows")
+    for attempt in STARTS[STARTS.index(start) : -1]:
+        found = RowLogits(model=model, rows=rows, start=attempt, packed=packed)
+        if _fits(found, matrices, f"replay from the {attempt}", progress):
+            return found
+    return RowLogits(model=model, rows=rows, start="whole")
+
+
+def _fits(found: RowLogits, matrices: Sequence[EditMatrix], what: str, progress: Progress = no_progress) -> bool:
+    """Records what ``found`` takes, and says whether its logits are those of the whole model."""
+    try:
+        if found.start in ("matrix", "block"):
+            found.record(matrices[0], progress)
+        found.error = _check(found, matrices)
+    except torch.OutOfMemoryError:
+        raise
+    except (_Unfit, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        log.info("%s does not fit this model: %s", what, " ".join(str(error).split())[:200])
+        return False
+    if found.error > tolerance(found.model.dtype):
+        log.info("%s is off by %.1e of the logits; it is not used", what, found.error)
+        return False
+    return True
+
+
+@torch.no_grad()
+def _check(found: RowLogits, matrices: Sequence[EditMatrix]) -> float:
+    """The largest relative error of a few rows' logits against the whole model, with weights that were moved."""
+    model, rows = found.model, found.rows
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    some = [by_length[i * (len(rows) - 1) // (CHECK_ROWS - 1)] for i in range(min(CHECK_ROWS, len(rows)))]
+    originals = [matrix.weight.clone() for matrix in matrices]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for matrix, original in zip(matrices, originals, strict=True):
+            noise = torch.randn(matrix.shape, generator=generator).to(original)
+            matrix.weight.add_(noise * (CHECK_MOVE * original.norm() / noise.norm()))
+        logits, _ = found(some)
+        batch = collate([rows[index] for index in some]).to(model.get_input_embeddings().weight.device)
+        expected = whole_logits(model, batch)
+    finally:
+        for matrix, original in zip(matrices, originals, strict=True):
+            matrix.weight.copy_(original)
+    if logits.shape != expected.shape:
+        raise _Unfit(f"it gives logits of shape {tuple(logits.shape)}, not {tuple(expected.shape)}")
+    errors, first = [], 0
+    for index in some:
+        last = first + len(rows[index].ids) - rows[index].prompt_length
+        truth = expected[first:last].float()
+        truth = truth - truth.mean(-1, keepdim=True)
+        value = logits[first:last].float()
+        value = value - value.mean(-1, keepdim=True)
+        errors.append(float((value - truth).norm() / truth.norm().clamp_min(1e-30)))
+        first = last
+    worst = max(errors)
+    return worst if worst == worst else float("inf")
+
+
+class _Unfit(CrispEditError):
+    """A model is not made as a kind of replay supposes."""
+
+
+class _Recorded(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+class _Record:
+    """What is kept per real token, and how a step sets out from it."""
+
+    def __init__(
+        self, model: Any, matrix: EditMatrix, rows: Sequence[EditRow], start: Start, packed: bool, progress: Progress
+    ) -> None:
+        self.blocks = decoder_blocks(model)[1]
+        self.block = self.blocks[matrix.layer]
+        self.below = list(self.blocks)[: matrix.layer]
+        self.matrix, self.start = matrix, start
+        if start == "block" and not self.below:
+            raise _Unfit("no block lies below the first edited one")
+        self.after: list[nn.Module] = []
+        self.others: tuple[Any, ...] | None = None  # what a block gives beside its hidden states, if it gives a tuple
+        self.inputs = self.rests = torch.empty(0)
+        self.tokens: dict[int, list[int]] = {}  # of every row the records of its tokens
+        self.num_tokens, self.num_bytes, self.kept = 0, 0, ""
+        self._fill(model, rows, packed, progress)
+
+    @torch.no_grad()
+    def _fill(self, model: Any, rows: Sequence[EditRow], packed: bool, progress: Progress) -> None:
+        """Runs the model up to the first edited block over all rows."""
+        at_most = min(RECORD_TOKENS, 2**23 // intermediate_width(model))
+        order = sorted(range(len(rows)), key=lambda index: rows[index].ids if packed else len(rows[index].ids))
+        groups = []
+        for index in order:
+            if not groups or sum(len(rows[i].ids) for i in groups[-1]) > at_most:
+                groups.append([])
+            groups[-1].append(index)
+        batches = [_collated(model, [rows[index] for index in group], packed) for group in groups]
+        self.num_tokens = sum(len(batch.sources) for batch in batches)
+        first = done = 0
+        for group, batch in zip(groups, batches, strict=True):
+            inputs, rests = (self._watch_matrix if self.start == "matrix" else self._watch_block)(model, batch)
+            if first == 0:
+                self._allocate(inputs, rests)
+            self.inputs[first : first + len(inputs)] = inputs
+            if rests is not None:
+                self.rests[first : first + len(rests)] = rests
+            for number, index in enumerate(group):
+                self.tokens[index] = [first + token for token in batch.tokens_of[number]]
+            first += len(inputs)
+            done += len(group)
+            progress("recording", done, len(rows))
+
+    def _watch_block(self, model: Any, batch: RowBatch) -> tuple[Tensor, None]:
+        """The block's input at the real tokens of a batch."""
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            seen.append(arguments[0] if arguments else keywords["hidden_states"])
+            raise _Recorded
+
+        handle = self.block.register_forward_pre_hook(stop, with_kwargs=True)
+        _run_until_recorded(model, batch, [handle])
+        return _at_real(seen[0], batch), None
+
+    def _watch_matrix(self, model: Any, batch: RowBatch) -> tuple[Tensor, Tensor]:
+        """The matrix's input, and the rest of its block's output, at the real tokens of a batch."""
+        inputs: list[Tensor] = []
+        found: list[Tensor] = []
+        last: list[Tensor] = []
+        after: list[nn.Module] = []
+
+        def multiplied(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if inputs:
+                raise _Unfit("the matrix is used more than once")
+            inputs.append(arguments[0])
+            last.append(output)
+
+        def followed(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if last and arguments and arguments[0] is last[0] and isinstance(output, Tensor):
+                after.append(module)
+                last[0] = output
+
+        def ended(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, tuple):
+                if any(isinstance(other, Tensor) for other in output[1:]):
+                    raise _Unfit("a block gives more than hidden states")
+                self.others = output[1:]
+                output = output[0]
+            found.append(output)
+            raise _Recorded
+
+        module = self.matrix.module
+        leaves = [m for m in self.block.modules() if m is not module and not any(m.children())]
+        handles = [module.register_forward_hook(multiplied)]
+        handles += [leaf.register_forward_hook(followed) for leaf in leaves]
+        handles.append(self.block.register_forward_hook(ended))
+        _run_until_recorded(model, batch, handles)
+        if not inputs or found[0].shape != last[0].shape:
+            raise _Unfit("the block's output is not that of its MLP and something more")
+        self.after = after
+        rest = found[0].float() - last[0].float()
+        return _at_real(inputs[0], batch), _at_real(rest, batch).to(found[0].dtype)
+
+    def _allocate(self, inputs: Tensor, rests: Tensor | None) -> None:
+        """Room for all tokens: in the device's memory, the CPU's, or a file mapped into it."""
+        kinds = [(t.shape[-1], t.dtype) for t in (inputs, rests) if t is not None]
+        self.num_bytes = self.num_tokens * sum(width * dtype.itemsize for width, dtype in kinds)
+        device = inputs.device
+        if self.num_bytes > MEMORY_SHARE * free_memory(device):
+            device = torch.device("cpu")
+        if self.num_bytes <= MEMORY_SHARE * free_memory(device):
+            self.kept = "memory" if device == inputs.device else "cpu memory"
+            room = [torch.empty(self.num_tokens, width, dtype=dtype, device=device) for width, dtype in kinds]
+        else:
+            self.kept = "file"
+            room = [_mapped(self.num_tokens, width, dtype) for width, dtype in kinds]
+        self.inputs, self.rests = room[0], room[-1]
+
+    def logits(self, model: Any, batch: RowBatch, chosen: Sequence[int]) -> Tensor:
+        """Logits at the targets of recorded rows, (targets, vocabulary)."""
+        tokens = torch.tensor([self.tokens[chosen[row]][place] for row, place in batch.sources])
+        tokens = tokens.to(self.inputs.device)
+        sequences, length = batch.ids.shape
+
+        def padded(values: Tensor) -> Tensor:
+            return scattered(values, batch.real, sequences, length)
+
+        device = self.matrix.parameter.device
+        with ExitStack() as patches:
+            for block in self.below:
+                patches.enter_context(_forward(block, self._nothing))
+            if self.start == "matrix":
+
+                def replayed(*_: Any, **__: Any) -> Any:
+                    hidden = self.matrix.module(self.inputs[tokens].to(device))
+                    for module in self.after:
+                        hidden = module(hidden)
+                    return self._as_output(padded(self.rests[tokens].to(device) + hidden))
+
+                patches.enter_context(_forward(self.block, replayed))
+            else:
+                patches.enter_context(_input(self.block, lambda: padded(self.inputs[tokens].to(device))))
+            return target_logits(model, batch)
+
+    def _nothing(self, *arguments: Any, **keywords: Any) -> Any:
+        """What a block below does: it hands on what it was given."""
+        return self._as_output(arguments[0] if arguments else keywords["hidden_states"])
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return hidden if self.others is None else (hidden, *self.others)
+
+
+def _at_real(hidden: Tensor, batch: RowBatch) -> Tensor:
+    return hidden.flatten(0, 1).index_select(0, batch.real.to(hidden.device))
+
+
+def _run_until_recorded(model: Any, batch: RowBatch, handles: list[Any]) -> None:
+    try:
+        model(**batch.of(model))
+    except _Recorded:
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise _Unfit("its first edited block was never run")
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Any) -> Iterator[None]:
+    """Within, a module's forward is another function (accelerate may have put one of its own there)."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def _input(module: nn.Module, hidden: Any) -> Iterator[None]:
+    """Within, a module is given other hidden states."""
+
+    def replace(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if arguments:
+            return (hidden(), *arguments[1:]), keywords
+        return (), {**keywords, "hidden_states": hidden()}
+
+    handle = module.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _mapped(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised (tokens, width) in a temporary file that is gone when the tensor is."""
+    directory = Path(tempfile.gettempdir())
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="crispedit-record-") as file:
+        file.truncate(tokens * width * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
