@@ -1,14 +1,13 @@
 """Rows and prompts as tokens, compared with ids written out by hand."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crispedit.edits import Edit, edits_from_rows
 from crispedit.errors import ConfigError, EditsError, ModelError
-from crispedit.rows import EditRow, Prompter, collate
-from crispedit.texts import PADDING
+from crispedit.forward import collate
+from crispedit.rows import EditRow, Prompter
 from families import CHARACTERS, CHATML, LLAMA_3, SPECIAL, tiny_tokenizer
 
 EDIT = Edit(prompt="Ada is in", target="St. Louis", row=1)
@@ -57,7 +56,7 @@ def test_the_first_token_of_a_row_carries_no_loss():
     tokenizer = tiny_tokenizer(merges=(("s", "Ġ"),), begins=False)
     row = Prompter(tokenizer).row(Edit(prompt="s", target="so", row=1))
     assert row == EditRow((MERGED, *ids("so", "</s>")), 1)
-    assert collate([row])[1].tolist() == [[*ids("so", "</s>"), -100]]
+    assert collate([row]).labels.tolist() == [*ids("so", "</s>")]
 
 
 def test_a_target_without_a_token_of_its_own_is_refused():
@@ -97,7 +96,7 @@ def test_every_row_says_prompt_and_target_and_something_of_it_is_learned(name, p
     assert asked[: row.prompt_length] == row.ids[: row.prompt_length]
     assert prompter.tokenizer.decode(taught, skip_special_tokens=True).endswith(target)
     assert (taught[-1] in prompter.end_tokens) == eos
-    assert (collate([row])[1] != -100).sum() == len(taught)
+    assert collate([row]).labels.tolist() == [*taught]
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -181,15 +180,3 @@ def test_what_cannot_be_prompted_is_refused(tokenizer, options, error, message):
     with pytest.raises(error, match=message) as refused:
         Prompter(tiny_tokenizer(**tokenizer), **options)
     assert "\n" not in str(refused.value)
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-def test_a_batch_by_hand():
-    """Labels are the next token; padding is under the mask and carries no loss."""
-    rows = [EditRow((1, 10, 11, 12, 2), 3), EditRow((1, 10, 2), 2), EditRow((10, 11), 1)]
-    batch, labels = collate(rows)
-    _, p = -100, PADDING
-    assert batch.ids.tolist() == [[1, 10, 11, 12, 2], [1, 10, 2, p, p], [10, 11, p, p, p]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
-    assert labels.tolist() == [[_, _, 12, 2, _], [_, 2, _, _, _], [11, _, _, _, _]]
-    assert {batch.ids.dtype, batch.mask.dtype, labels.dtype} == {torch.int64}

@@ -9,19 +9,19 @@ hand them fewer positions. (CrispEdit, arXiv 2602.15823, appendix E: the loss of
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .models import decoder_blocks, mlp_of
+from .models import decoder_blocks, mlp_of, text_config
 from .rows import EditRow
 from .texts import PADDING, pad
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RowBatch:
     """Edit rows as a batch, each without its last token.
 
@@ -50,10 +50,8 @@ class RowBatch:
 
     def to(self, device: torch.device) -> "RowBatch":
         """The batch on another device."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device, non_blocking=True))
-        return self
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def of(self, model: Any) -> dict[str, Any]:
         """What a model is called with."""
@@ -103,7 +101,7 @@ class _Pack:
         self.paths.append(path)
 
     def reads(self, length: int) -> Tensor:
-        """(length, length) bool: which token reads which; padding reads itself, as a softmax over nothing is no number."""
+        """(length, length) bool: which token reads which; padding reads itself, for a softmax needs something."""
         reads = torch.eye(length, dtype=torch.bool)
         for path in self.paths:
             slots = torch.tensor(path)
@@ -159,7 +157,8 @@ def _cost(packs: Sequence[_Pack], pair_cost: float) -> float:
 def _batch(rows: Sequence[EditRow], slots: Sequence[Sequence[int]], **fields: Any) -> RowBatch:
     """A batch of rows whose tokens lie in these places."""
     sources: dict[int, tuple[int, int]] = {}
-    targets, labels = [], []
+    targets: list[int] = []
+    labels: list[int] = []
     for index, (row, path) in enumerate(zip(rows, slots, strict=True)):
         for place, slot in enumerate(path):
             sources.setdefault(slot, (index, place))
@@ -184,7 +183,7 @@ def pair_cost(model: Any) -> float:
     A block's linear maps take 2 flops per parameter and token, scores and their use 4 × width per pair.
     """
     block = decoder_blocks(model)[1][0]
-    width = model.get_input_embeddings().weight.shape[1]
+    width = int(text_config(model).hidden_size)
     return 4 * width / (2 * sum(p.numel() for p in block.parameters() if p.ndim == 2))
 
 
@@ -270,4 +269,4 @@ def scattered(values: Tensor, positions: Tensor, rows: int, length: int) -> Tens
         The result, through which gradients flow.
     """
     empty = values.new_zeros(rows * length, values.shape[-1])
-    return empty.index_copy(0, positions.to(values.device), values).unflatten(0, (rows, length))
+    return empty.index_copy(0, positions.to(values.device), values).view(rows, length, -1)

@@ -10,11 +10,11 @@ What is replayed is compared with the whole model on real rows, with weights tha
 less is replayed: from the input of the first edited block (``block``), or nothing (``targets``, ``whole``).
 """
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import CrispEditError
 from .factors import free_memory
 from .forward import RowBatch, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
-from .models import EditMatrix, decoder_blocks, intermediate_width
+from .models import EditMatrix, decoder_blocks, intermediate_width, text_config
 from .progress import Progress, log, no_progress
 from .rows import EditRow
 
@@ -39,14 +39,21 @@ CHECK_MOVE = 0.05
 RECORD_TOKENS = 4096
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """How far replayed logits may be off, relative in Frobenius norm, the mean over the vocabulary taken out.
+def tolerance(dtype: torch.dtype, blocks: int) -> float:
+    """How far logits may be off, relative in Frobenius norm, the mean over the vocabulary taken out.
 
-    1e-5 in float32. In lower precision two machine epsilons: a residual stream is rounded after every addition, and
-    r = h − n(W a) is rounded once more than what the whole model adds up; each rounding is up to half an epsilon, and
-    through the blocks above they add up like a random walk, as they do between two batches of the whole model.
+    1e-5 in float32. In lower precision 2 ε √blocks: a block rounds what it adds to the residual stream about four
+    times, each time by ε / √12 at root mean square; over n blocks that adds up like a random walk to 0.6 ε √n, and
+    between two such computations to 0.8 ε √n. (Structural errors, a wrong mask say, are of the order of 1.)
+
+    Args:
+        dtype: That the model computes in, ε its machine epsilon.
+        blocks: How many blocks may round otherwise.
+
+    Returns:
+        The bound.
     """
-    return 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    return 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps * blocks**0.5
 
 
 @dataclass(kw_only=True)
@@ -57,7 +64,8 @@ class RowLogits:
         model: The causal LM.
         rows: The rows.
         start: Where a step sets out.
-        error: How far the check found it off the whole model (:func:`tolerance`); ``None`` where nothing is recorded.
+        packed: Whether rows of a batch share the tokens that they have in common.
+        error: How far the check found it off the whole model (:func:`tolerance`); ``None`` where it is the whole model.
         num_bytes: Of the record.
         kept: Where the record lies: ``memory``, ``cpu memory`` beside another device, ``file``, or ``""``.
     """
@@ -124,12 +132,23 @@ def row_logits(
     Returns:
         The logits of rows, from the highest start that passes the check.
     """
-    packed = _fits(RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, "packing rows")
+    if start == "whole":
+        return RowLogits(model=model, rows=rows, start=start)
+    packed = _within_windows(model, rows) and _fits(
+        RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, "packing rows"
+    )
     for attempt in STARTS[STARTS.index(start) : -1]:
         found = RowLogits(model=model, rows=rows, start=attempt, packed=packed)
         if _fits(found, matrices, f"replay from the {attempt}", progress):
             return found
     return RowLogits(model=model, rows=rows, start="whole")
+
+
+def _within_windows(model: Any, rows: Sequence[EditRow]) -> bool:
+    """Whether no row is longer than what a layer attends to: the mask of packed rows knows of no sliding windows."""
+    config = text_config(model)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return max(len(row.ids) for row in rows) <= min((window for window in windows if window), default=2**31)
 
 
 def _fits(found: RowLogits, matrices: Sequence[EditMatrix], what: str, progress: Progress = no_progress) -> bool:
@@ -143,7 +162,7 @@ def _fits(found: RowLogits, matrices: Sequence[EditMatrix], what: str, progress:
     except (_Unfit, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         log.info("%s does not fit this model: %s", what, " ".join(str(error).split())[:200])
         return False
-    if found.error > tolerance(found.model.dtype):
+    if found.error > tolerance(found.model.dtype, len(decoder_blocks(found.model)[1])):
         log.info("%s is off by %.1e of the logits; it is not used", what, found.error)
         return False
     return True
@@ -154,7 +173,9 @@ def _check(found: RowLogits, matrices: Sequence[EditMatrix]) -> float:
     """The largest relative error of a few rows' logits against the whole model, with weights that were moved."""
     model, rows = found.model, found.rows
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    some = [by_length[i * (len(rows) - 1) // (CHECK_ROWS - 1)] for i in range(min(CHECK_ROWS, len(rows)))]
+    some = by_length
+    if len(rows) > CHECK_ROWS:  # from the shortest to the longest
+        some = [by_length[i * (len(rows) - 1) // (CHECK_ROWS - 1)] for i in range(CHECK_ROWS)]
     originals = [matrix.weight.clone() for matrix in matrices]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -213,8 +234,8 @@ class _Record:
     def _fill(self, model: Any, rows: Sequence[EditRow], packed: bool, progress: Progress) -> None:
         """Runs the model up to the first edited block over all rows."""
         at_most = min(RECORD_TOKENS, 2**23 // intermediate_width(model))
-        order = sorted(range(len(rows)), key=lambda index: rows[index].ids if packed else len(rows[index].ids))
-        groups = []
+        order = sorted(range(len(rows)), key=lambda index: (0 if packed else len(rows[index].ids), rows[index].ids))
+        groups: list[list[int]] = []
         for index in order:
             if not groups or sum(len(rows[i].ids) for i in groups[-1]) > at_most:
                 groups.append([])
@@ -381,8 +402,13 @@ def _input(module: nn.Module, hidden: Any) -> Iterator[None]:
 
 
 def _mapped(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (tokens, width) in a temporary file that is gone when the tensor is."""
-    directory = Path(tempfile.gettempdir())
-    with tempfile.NamedTemporaryFile(dir=directory, prefix="crispedit-record-") as file:
-        file.truncate(tokens * width * dtype.itemsize)
+    """An uninitialised (tokens, width) in a temporary file, which has no name any more and goes with the tensor."""
+    num_bytes = tokens * width * dtype.itemsize
+    with tempfile.NamedTemporaryFile(prefix="crispedit-record-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is told of now, and not by a signal
+        except OSError as error:
+            raise _Unfit(
+                f"no room for {num_bytes / 1e9:.1f} GB in {tempfile.gettempdir()}: {error.strerror}"
+            ) from error
         return torch.from_file(file.name, shared=True, size=tokens * width, dtype=dtype).view(tokens, width)

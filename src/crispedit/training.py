@@ -122,12 +122,11 @@ class _Reading:
     """
 
     def __init__(self, value: Tensor) -> None:
-        self.event = None
+        self.event: torch.cuda.Event | None = None
         self.value = value.detach()
         if value.device.type == "cuda":
             self.value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(self.value, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self.event = torch.cuda.current_stream(value.device).record_event()
 
     def get(self) -> float:
         """The number."""
@@ -313,7 +312,8 @@ class _Run:
             raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
         if value >= loop.stop_loss:
             for matrix, rule, gradient in zip(loop.matrices, loop.rules, gradients, strict=True):
-                rule.parameter.grad = rule.gradient(matrix.as_weight(gradient))
+                # contiguous: the fused Adam reads memory as it lies, whatever the strides say (torch 2.13)
+                rule.parameter.grad = rule.gradient(matrix.as_weight(gradient)).contiguous()
             self.optimizer.step()
             loop.apply()
             self.trace.steps += 1
