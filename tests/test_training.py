@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from crispedit.errors import NumericsError
+from crispedit.errors import ConfigError, NumericsError
 from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, frozen
 from crispedit.rows import EditRow
@@ -23,6 +23,7 @@ from crispedit.training import (
     edit_loss,
     fine_tune,
     float32_masters,
+    mixed_precision,
     progress_ratio,
     rows_per_step,
     too_slow,
@@ -458,3 +459,47 @@ def test_a_bfloat16_model_is_edited_through_its_masters(family):
     assert all(rule.subspace.share_outside(delta) <= 1e-5 for rule, delta in zip(rules, deltas, strict=True))
     # after rounding to bfloat16: the loss is still low, though no longer that of the masters
     assert edit_loss(model, edit_rows()).item() < 0.5
+
+
+# ---------------------------------------------------------------- mixed precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_mixed_precision_gives_the_same_edit(family, dtype):
+    """The loss arrives as in float32, and the change points the same way (cosine; bfloat16 has 3 digits).
+
+    The update stays in the subspace all the same: it is made and added up in float32.
+    """
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        model = BUILDERS[family](dtype)
+        rules = coordinates_of(factors_of(BUILDERS[family]()))
+        trace, deltas = run(model, rules, lr=1e-2, precision=precision, stop_loss=0.05, epochs=60)
+        assert trace.stopped_early
+        assert trace.forward["precision"] == ("bfloat16" if precision == "bfloat16" else str(dtype)[6:])
+        assert all(rule.subspace.share_outside(rule.delta()) <= 1e-5 for rule in rules)
+        found[precision] = deltas
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "amx", "mixed"),
+    [
+        ("auto", torch.float32, False, False),
+        ("auto", torch.float32, True, True),
+        ("auto", torch.bfloat16, True, True),
+        ("auto", torch.float16, True, False),
+        ("float32", torch.float32, True, False),
+        ("bfloat16", torch.float32, False, True),
+    ],
+)
+def test_mixed_precision_is_used_where_the_hardware_has_it(monkeypatch, precision, dtype, amx, mixed):
+    monkeypatch.setattr("crispedit.training.torch.cpu._is_amx_tile_supported", lambda: amx)
+    assert mixed_precision(precision, tiny_llama(dtype)) is mixed
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(ConfigError, match="precision is 'float8'; it must be one of auto, float32, bfloat16"):
+        mixed_precision("float8", tiny_llama())

@@ -152,6 +152,9 @@ def edit(
     lr: Annotated[str, typer.Option(help="Adam's learning rate, or auto.")] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the edits, at most.")] = 25,
     batch_size: Annotated[int, typer.Option(help="Edits per step, at most.")] = 32,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the steps: auto, float32, bfloat16 (mixed, float32 masters).")
+    ] = None,
     limit: Limit = None,
     seed: Seed = 0,
     save: Annotated[str, typer.Option(help="model (a whole directory) or delta (only what changed).")] = "model",
@@ -171,6 +174,8 @@ def edit(
 
     _check_json(json)
     settings: dict[str, Any] = {"energy": energy, "lr": _rate(lr), "epochs": epochs, "batch_size": batch_size}
+    if precision is not None:  # an editor may have no such setting
+        settings["precision"] = precision
     if rerun is not None:
         job = EditJob.from_record(rerun, model=model, edits=edits, curvature=curvature, texts=texts)
     else:

@@ -189,3 +189,19 @@ def print_proof(result: EditResult) -> None:
         f"curvature {seconds['curvature']:.1f} s",
         soft_wrap=True,
     )
+    if training["forward"]:
+        out.print(_steps(training["forward"]), soft_wrap=True)
+
+
+def _steps(forward: dict[str, Any]) -> str:
+    """From where the steps of an edit were computed, and in which precision."""
+    where = {
+        "matrix": "replayed from the input of the first edited matrix",
+        "block": "replayed from the input of the first edited block",
+        "targets": "the whole model, logits at target tokens only (no replay)",
+        "whole": "the whole model (no replay)",
+    }[forward["start"]]
+    kept = {"memory": "memory", "cpu memory": "the CPU's memory", "file": "a mapped file"}.get(forward["kept"])
+    record = f", {forward['num_bytes'] / 1e6:.1f} MB recorded in {kept}" if kept else ""
+    packed = ", shared beginnings run once" if forward["packed"] else ""
+    return f"steps: {where}{record}{packed}; {forward['precision']}"

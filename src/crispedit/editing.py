@@ -340,6 +340,7 @@ def _training(rounds: Sequence[Round]) -> dict[str, Any]:
         "trials": [asdict(trial) for r in rounds for trial in r.trace.trials],
         "steps": sum(r.trace.steps for r in rounds),
         "stopped_early": rounds[-1].trace.stopped_early,
+        "forward": rounds[-1].trace.forward,
     }
 
 

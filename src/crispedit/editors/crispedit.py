@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ..curvature import Constraint
 from ..errors import ConfigError
-from ..training import STOP_LOSS, fine_tune, rows_per_step
+from ..replay import Start
+from ..training import STOP_LOSS, Precision, fine_tune, rows_per_step
 from ..updates import Unconstrained, Update, UpdateRule, update_rule
 from .base import EditorConfig, EditProblem, Round
 
@@ -29,6 +30,9 @@ class Config(EditorConfig):
         constraint: Which directions are left out; see :meth:`crispedit.curvature.Curvature.subspace`.
         update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` trains
             coordinates where all eigenvectors are known, else projects.
+        replay: From where every step is computed at the most; see :mod:`crispedit.replay`.
+        precision: ``bfloat16`` computes steps in mixed precision around float32 masters, ``float32`` in the model's
+            dtype; see :func:`crispedit.training.mixed_precision`.
     """
 
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -38,6 +42,8 @@ class Config(EditorConfig):
     stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
     constraint: Constraint | Literal["auto"] = "auto"
     update: Update | Literal["auto"] = "auto"
+    replay: Start = "matrix"
+    precision: Precision = "auto"
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
@@ -73,6 +79,8 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         batch_size=rows_per_step(len(problem.rows), config.batch_size),
         seed=problem.seed,
         stop_loss=config.stop_loss,
+        start=config.replay,
+        precision=config.precision,
         progress=problem.progress,
     )
     yield Round(num_edits=len(problem.rows), trace=trace)
