@@ -94,6 +94,7 @@ def test_in_low_precision_the_replay_is_within_its_bound(name, dtype):
     with frozen(model), float32_masters(matrices):
         found = row_logits(model, matrices, some_rows())
         assert found.start == "matrix"
+        assert found._record.inputs.dtype == found._record.rests.dtype == dtype  # not the masters'
         assert 0 < found.error <= tolerance(dtype, 4) == 4 * torch.finfo(dtype).eps
         moved(matrices)
         with torch.no_grad():

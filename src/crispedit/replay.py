@@ -275,10 +275,12 @@ class _Record:
         last: list[Tensor] = []
         after: list[nn.Module] = []
 
-        def multiplied(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def given(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             if inputs:
                 raise _Unfit("the matrix is used more than once")
             inputs.append(arguments[0])
+
+        def multiplied(_: nn.Module, __: Any, output: Tensor) -> None:
             last.append(output)
 
         def followed(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -297,7 +299,8 @@ class _Record:
 
         module = self.matrix.module
         leaves = [m for m in self.block.modules() if m is not module and not any(m.children())]
-        handles = [module.register_forward_hook(multiplied)]
+        # before and after all that others have hung on the module: it is called through them again
+        handles = [module.register_forward_pre_hook(given, prepend=True), module.register_forward_hook(multiplied)]
         handles += [leaf.register_forward_hook(followed) for leaf in leaves]
         handles.append(self.block.register_forward_hook(ended))
         _run_until_recorded(model, batch, handles)
