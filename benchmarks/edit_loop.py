@@ -248,7 +248,7 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
             return lora(model, matrices, rows, asked)
         rules = update_rules(variant, matrices, asked, device, spectra)
         trace = fine_tune(model, matrices, rules, rows, lr=RATE, epochs=epochs, batch_size=args.batch, stop_loss=0.0,
-                          start=args.start, precision=args.precision,
+                          start=args.start, precision=args.precision, alike=True if args.weights else None,
                           progress=lambda what, *_: marks.append((what, time.perf_counter())))  # fmt: skip
         result["forward"] = trace.forward
         times = [at for what, at in marks if what == "edit"]

@@ -93,7 +93,7 @@ def test_with_energy_zero_it_is_plain_fine_tuning(bundled):
     from crispedit.edits import edits_from_rows
     from crispedit.models import edit_matrices, load_model
     from crispedit.rows import Prompter
-    from crispedit.training import bucketed
+    from crispedit.training import batches
 
     settings = {"lr": 1e-3, "epochs": 3, "batch_size": 1}
     result = edit(bundled.model, bundled.tokenizer, ROWS, energy=0, layers=LAYERS, **settings)
@@ -104,7 +104,7 @@ def test_with_energy_zero_it_is_plain_fine_tuning(bundled):
     before = {m.name: m.weight.clone() for m in matrices}
     rng = random.Random(0)
     for _ in range(3):
-        for (index,) in bucketed([len(row.ids) for row in rows], 1, rng):
+        for (index,) in batches([len(row.ids) for row in rows], 1, rng, alike=False):
             row = rows[index]
             optimizer.zero_grad()
             logits = plain.model(input_ids=torch.tensor([row.ids])).logits[0, row.prompt_length - 1 : -1]

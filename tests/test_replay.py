@@ -131,7 +131,7 @@ def test_an_edit_from_a_record_is_the_edit_by_the_whole_model(name, dtype):
         rules = [Unconstrained(matrix.shape, torch.device("cpu")) for matrix in matrices]
         with frozen(model), float32_masters(matrices):
             trace = fine_tune(model, matrices, rules, some_rows(16), lr=1e-3, epochs=5, batch_size=4, stop_loss=0.0,
-                              start=start)  # fmt: skip
+                              start=start, alike=False)  # fmt: skip
             weights[start] = [matrix.weight.clone() for matrix in matrices]
         assert trace.steps == 20
         assert trace.forward["start"] == start

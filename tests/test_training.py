@@ -19,7 +19,7 @@ from crispedit.training import (
     LOWEST,
     START,
     STEPS_PER_EPOCH,
-    bucketed,
+    batches,
     edit_loss,
     fine_tune,
     float32_masters,
@@ -128,17 +128,18 @@ def test_without_constraint_the_loop_is_plain_adam(family):
         assert relative(delta, matrix.weight - old) < 1e-3
 
 
-def test_batches_are_of_like_length_and_in_seeded_order():
-    """20 rows of five lengths in batches of 4: every batch has one length; all rows are in it once."""
+@pytest.mark.parametrize("alike", [False, True])
+def test_batches_are_in_seeded_order_and_of_like_length_where_that_is_asked_for(alike):
+    """20 rows of five lengths in batches of 4; all rows are in them once."""
     lengths = [3 + i % 5 for i in range(20)]
-    one, same, other = (bucketed(lengths, 4, random.Random(seed)) for seed in (0, 0, 1))
+    one, same, other = (batches(lengths, 4, random.Random(seed), alike=alike) for seed in (0, 0, 1))
     assert one == same != other
     assert sorted(index for batch in one for index in batch) == list(range(20))
-    assert all(len({lengths[index] for index in batch}) == 1 for batch in one)
+    assert all(len({lengths[index] for index in batch}) == 1 for batch in one) == alike
     assert [lengths[batch[0]] for batch in one] != sorted(lengths[batch[0]] for batch in one)
     rng = random.Random(0)
-    assert bucketed(lengths, 4, rng) != bucketed(lengths, 4, rng), "every epoch has another order"
-    assert sorted(map(len, bucketed(lengths, 6, rng))) == [2, 6, 6, 6]
+    assert batches(lengths, 4, rng, alike=alike) != batches(lengths, 4, rng, alike=alike), "every epoch has another"
+    assert sorted(map(len, batches(lengths, 6, rng, alike=alike))) == [2, 6, 6, 6]
 
 
 def test_a_second_run_goes_on_from_the_rules_where_they_are():

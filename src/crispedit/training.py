@@ -135,23 +135,27 @@ class _Reading:
         return float(self.value)
 
 
-def bucketed(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-    """All rows in batches of like length, so that little is padding, in random order.
+def batches(lengths: Sequence[int], batch_size: int, rng: random.Random, *, alike: bool) -> list[list[int]]:
+    """All rows in batches, in random order.
 
     Args:
         lengths: Of the rows.
         batch_size: Rows per batch; one batch may have fewer.
-        rng: Shuffles rows of one length among each other, and the batches.
+        rng: Shuffles rows and batches.
+        alike: Whether rows of like length go together, so that little is padding. Batches are less varied then, and
+            an edit generalizes a little less (docs/decisions.md): packed rows have no use for it.
 
     Returns:
         Indices of rows, each once.
     """
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    order.sort(key=lengths.__getitem__)  # stable: rows of one length stay shuffled
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    if alike:
+        order.sort(key=lengths.__getitem__)  # stable: rows of one length stay shuffled
+    found = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if alike:
+        rng.shuffle(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,7 @@ class _Loop:
 
     logits: RowLogits
     mixed: bool
+    alike: bool
     matrices: Sequence[EditMatrix]
     rules: Sequence[UpdateRule]
     batch_size: int
@@ -293,7 +298,7 @@ class _Run:
         loop, epoch = self.loop, len(self.trace.epoch_losses)
         lengths = [len(row.ids) for row in loop.logits.rows]
         total = 0.0
-        for step, chosen in enumerate(bucketed(lengths, loop.batch_size, self.rng)):
+        for step, chosen in enumerate(batches(lengths, loop.batch_size, self.rng, alike=loop.alike)):
             total += self._step(chosen, f"epoch {epoch + 1}, step {step + 1}") * len(chosen)
             loop.progress(label, epoch * loop.steps_per_epoch + step + 1, of * loop.steps_per_epoch)
         return total / len(lengths)
@@ -365,6 +370,7 @@ def fine_tune(
     stop_loss: float = STOP_LOSS,
     start: Start = "matrix",
     precision: Precision = "auto",
+    alike: bool | None = None,
     progress: Progress = no_progress,
 ) -> Trace:
     """Fine-tunes the matrices in place with Adam, each through its update rule.
@@ -383,10 +389,11 @@ def fine_tune(
         lr: Adam's learning rate, or ``auto``.
         epochs: Passes over the rows, at most; trials that are not taken come on top.
         batch_size: Rows per step.
-        seed: Of the order of rows (:func:`bucketed`), reshuffled every epoch.
+        seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
         start: The most that is replayed (:mod:`crispedit.replay`).
         precision: See :func:`mixed_precision`.
+        alike: Whether batches are of like length (:func:`batches`); where rows cannot be packed, when omitted.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
@@ -401,6 +408,7 @@ def fine_tune(
     loop = _Loop(
         logits=logits,
         mixed=mixed,
+        alike=not logits.packed if alike is None else alike,
         matrices=matrices,
         rules=rules,
         batch_size=batch_size,
