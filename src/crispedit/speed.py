@@ -1,0 +1,162 @@
+"""How fast a machine is at what an edit does, measured in about two seconds.
+
+One decoder block of the model at hand, with its shapes and in its dtype but without its weights, is run forward and
+backward; then the head, a float32 product, a diagonalisation, a step of Adam and a copy of memory. What takes longer
+than the block's flops at their full rate is overhead, and shows at few tokens.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .costs import block_costs
+from .models import decoder_blocks, text_config
+
+BUDGET = 0.25
+"""Seconds that a measurement may take, or one run of what is measured if that takes longer."""
+ROW, FEW, MANY = 32, 32, 4096
+"""Tokens of a row, of a small batch, and of a large one at most."""
+NUMBERS = 2**22
+"""Numbers of a tensor that is made to measure something."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a device does in a second.
+
+    Args:
+        forward: Flops of decoder blocks per second, in large batches.
+        backward: Flops per second of the gradients of their activations.
+        overhead: Seconds per block and pass forward that no flop explains.
+        head: Flops per second of a product with the head's matrix.
+        float32: Flops per second of float32 products.
+        eigh: Seconds of a float64 diagonalisation, divided by n³.
+        adam: Seconds of a step of Adam per number.
+        copied: Bytes of memory that are copied per second, read and written counted once.
+    """
+
+    forward: float
+    backward: float
+    overhead: float
+    head: float
+    float32: float
+    eigh: float
+    adam: float
+    copied: float
+
+
+def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequence[int]) -> Speed:
+    """Measures a device with one block of a model.
+
+    Args:
+        model: A causal LM on the ``meta`` device; the dtype of its parameters is measured.
+        device: What is measured.
+        layer: Index of the decoder block that stands for all.
+        sizes: Of the factors that will be diagonalised: small ones are measured as they are.
+
+    Returns:
+        The speeds.
+    """
+    cost = block_costs(model)[layer]
+    body, width = _one_block(model, layer, device), int(text_config(model).hidden_size)
+    tokens, seconds, flops = FEW, [], []
+    while True:
+        inputs = torch.randn(tokens // ROW, ROW, width, device=device, dtype=model.dtype).requires_grad_()
+        seconds.append(_forward_backward(body, inputs, device))
+        flops.append(tokens * (cost.linear + cost.attention * ROW))
+        if sum(seconds[-1]) > BUDGET / 4 or tokens >= MANY:
+            break
+        tokens *= 4
+    few, many = seconds[0], seconds[-1]
+    if len(seconds) > 1:  # a straight line through both
+        rate = (flops[-1] - flops[0]) / max(many[0] - few[0], 1e-9)
+        overhead = max(0.0, few[0] - flops[0] / rate)
+    else:
+        rate, overhead = flops[0] / few[0], 0.0
+    backward = (tokens * (cost.linear + 2 * cost.attention * ROW)) / many[1]
+    del body
+    size = min(512, max(sizes))
+    columns = max(1, min(int(model.get_output_embeddings().weight.shape[0]), NUMBERS // width))
+    return Speed(
+        forward=rate,
+        backward=backward,
+        overhead=overhead,
+        head=_product_rate(min(tokens, 512), width, columns, device, model.dtype),
+        float32=_product_rate(1024, 1024, 1024, device, torch.float32),
+        eigh=_eigh_seconds(size, device) / size**3,
+        adam=_adam_seconds(device),
+        copied=_copy_rate(device),
+    )
+
+
+def _one_block(model: Any, layer: int, device: torch.device) -> Any:
+    """The body of the model with one of its blocks, on a device, with no weights to speak of."""
+    small = copy.deepcopy(model)
+    path, blocks = decoder_blocks(small)
+    parent, _, name = path.rpartition(".")
+    setattr(small.get_submodule(parent), name, nn.ModuleList([blocks[layer]]))
+    small.set_input_embeddings(nn.Embedding(1, int(text_config(model).hidden_size), device="meta", dtype=model.dtype))
+    body = small.base_model.to_empty(device=device)
+    for tensor in chain(body.parameters(), body.buffers()):
+        tensor.requires_grad_(False).fill_(0.01 if tensor.is_floating_point() else 0)
+    return body.eval()
+
+
+def _forward_backward(body: Any, inputs: Tensor, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward pass, and of the gradient in its inputs."""
+    given: list[Tensor] = []
+
+    def forward() -> None:
+        given[:] = [body(inputs_embeds=inputs, use_cache=False).last_hidden_state]
+
+    def backward() -> None:
+        torch.autograd.grad(given[0], inputs, torch.ones_like(given[0]), retain_graph=True)
+
+    return _seconds(forward, device), _seconds(backward, device)
+
+
+def _product_rate(rows: int, inner: int, columns: int, device: torch.device, dtype: torch.dtype) -> float:
+    left = torch.full((rows, inner), 0.5, device=device, dtype=dtype)
+    right = torch.full((inner, columns), 0.5, device=device, dtype=dtype)
+    return 2 * rows * inner * columns / _seconds(lambda: left @ right, device)
+
+
+def _eigh_seconds(size: int, device: torch.device) -> float:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    matrix = (root @ root.T).to(device)
+    return _seconds(lambda: torch.linalg.eigh(matrix), device)
+
+
+def _adam_seconds(device: torch.device) -> float:
+    """Seconds of a step per number."""
+    parameter = torch.zeros(NUMBERS // 4, device=device)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.Adam([parameter], lr=1e-3)
+    return _seconds(optimizer.step, device) / parameter.numel()
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.zeros(4 * NUMBERS, device=device)
+    target = torch.zeros_like(source)
+    return 4 * source.numel() / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median of some runs after a first one that warms up."""
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 2 or (time.perf_counter() - started < BUDGET / 4 and len(times) < 20):
+        before = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - before)
+    return median(times[1:])
