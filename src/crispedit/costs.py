@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .models import EditMatrix, decoder_blocks, edit_matrices, intermediate_width, text_config
+from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import Kind, sketch_rank
 from .rows import EditRow
 
