@@ -352,6 +352,7 @@ class PlanJob:
             known=texts is None,
             stored_dtype=loaded.stored_dtype,
             epochs=self.epochs,
+            retains=device.type == "cpu",
             base_bytes=resident_bytes() if device.type == "cpu" else 0,
             base_seconds=time.process_time(),
         )

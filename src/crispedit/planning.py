@@ -47,6 +47,10 @@ STATES_SHARE = 0.25
 EIGH_BYTES = 32
 """Bytes per number of the widest factor while it is diagonalised: float64 matrix, eigenvectors, and LAPACK's workspace
 of twice that size."""
+SLACK = 1.4
+"""Tensors that come and go in a pass take so many times what is alive: an allocator keeps what does not fit again."""
+RETAINED = 0.75
+"""Of that, malloc keeps so much afterwards; measured by benchmarks/plan.py."""
 LOGIT_COPIES = 6
 """Float32 copies of a batch's logits that are alive at once: as they came, those that count, their logarithms, …"""
 READ_RATE, WRITE_RATE = 1.5e9, 0.5e9
@@ -125,6 +129,7 @@ class Workload:
         known: Whether the edit takes a curvature that is there already.
         stored_dtype: The checkpoint's.
         epochs: Passes over the rows, at most.
+        retains: Whether memory that is freed stays with the process, as on a CPU.
         base_bytes: What the process takes before it loads a weight; 0 where that is not the device's memory.
         base_seconds: What it takes to start it.
     """
@@ -138,6 +143,7 @@ class Workload:
     known: bool
     stored_dtype: torch.dtype
     epochs: int
+    retains: bool = False
     base_bytes: int = 0
     base_seconds: float = 0.0
 
@@ -351,20 +357,29 @@ class _Planner:
         work, kind = self.work, self.settings.kind
         widest = max(self.shapes, key=lambda shape: factor_bytes([shape], kind))
         one = factor_bytes([widest], kind)
-        tokens = max(max(lengths) * len(lengths) for half in work.halves for lengths in half)
-        passing = self._kept(tokens, self.above) + tokens * 4 * LOGIT_COPIES * vocabulary(work.model)
+        passing = self._passing()
         described = 3 * spectrum_bytes([widest], "sketch" if self._sketched(max(widest)) else "dense")
         merging = 3 * one + described + self._eigh_bytes()
         lengths = [length for half in work.halves for batch in half for length in batch]
         flops = texts_flops(work.model, self.matrices, lengths, kind=kind)
         eigh, products = self._describing()
-        seconds = self._passes(flops, sum(lengths), sum(map(len, work.halves)), len(self.blocks), self.above)
-        if seconds is not None and self.speed is not None:
+        seconds = None
+        if self.speed is not None:
+            seconds = sum(self._pass_seconds(batch, self.above) for half in work.halves for batch in half)
             seconds += (flops.update + products) / self.speed.float32 + eigh * self.speed.eigh
             # labels are drawn, and losses taken, over all logits
             seconds += sum(lengths) * vocabulary(work.model) * 4 * LOGIT_COPIES * 4 / self.speed.copied
         total = flops.total + products + eigh * eigh_flops(1)
         return self._stage("curvature", self.held + self.factors + max(passing, merging), total, seconds)
+
+    def _passing(self) -> float:
+        """Bytes of the largest batch of texts in the pass; 0 without one."""
+        tokens = max((max(lengths) * len(lengths) for half in self.work.halves for lengths in half), default=0)
+        return SLACK * (self._kept(tokens, self.above) + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model))
+
+    def _after(self, transient: float) -> float:
+        """What tensors that come and go take in a later stage: at least what the pass over the texts left."""
+        return max(transient, RETAINED * self._passing() if self.work.retains else 0)
 
     def _sketched(self, size: int) -> bool:
         """Whether a factor of a size is described, or diagonalised, by a sketch."""
@@ -407,7 +422,8 @@ class _Planner:
         seconds = None
         if self.speed is not None:
             seconds = cubes * self.speed.eigh + (0 if dense else (flops - cubes * eigh_flops(1)) / self.speed.float32)
-        return self._stage("diagonalise", self.held + self.factors + self.spectra + working, flops, seconds)
+        num_bytes = self.held + self.factors + self.spectra + self._after(working)
+        return self._stage("diagonalise", num_bytes, flops, seconds)
 
     def _epoch_flops(self) -> StepFlops:
         """All steps of an epoch."""
@@ -438,19 +454,23 @@ class _Planner:
         targets = sum(len(row.ids) - row.prompt_length for row in rows)
         activations = self._kept(tokens, self.above) + targets * 4 * LOGIT_COPIES * vocabulary(work.model)
         num_bytes = self.held + self.factors + self.spectra + self._edited + 4 * (numbers * self.entries + 3 * largest)
-        num_bytes += activations + (0 if self.mapped else self.recorded)
+        num_bytes += 0 if self.mapped else self.recorded
         recording = recording_flops(work.model, self.matrices, work.rows)
         flops = recording + work.epochs * every.total
-        learned = sum(len(row.ids) - row.prompt_length for row in work.rows)
-        stepping = StepFlops(forward=work.epochs * every.forward, backward=work.epochs * every.backward)
-        seconds = self._passes(stepping, work.epochs * learned, steps, self.above + 1, self.above + 1)
-        below, batches = len(self.blocks) - self.above, -(-len(work.rows) // self.batch)
-        first = self._passes(StepFlops(forward=recording, backward=0), 0, batches, below, 0)
-        if seconds is not None and first is not None and self.speed is not None:
+        seconds = None
+        if self.speed is not None:
             moved = 6 * 4 * self.entries / self.speed.copied  # mask, coordinates, sum and copy
             update = self._rule_flops() / self.speed.float32 + self.entries * self.speed.adam + moved
-            seconds += first + steps * update
-        return self._stage("edit", num_bytes + activations, flops, seconds)
+            lengths = [len(row.ids) for row in work.rows]
+            learned = sum(len(row.ids) - row.prompt_length for row in work.rows)
+            each = sum(lengths) * self.batch / len(lengths)  # tokens of a batch
+            weights = sum(2 * d_out * d_in for d_out, d_in in self.shapes) * sum(lengths) / self.speed.float32
+            heads = 2 * head_flops(work.model) * learned / self.speed.head
+            stepping = self.above * (self.speed.forward(each) + self.speed.backward(each))
+            below = (len(self.blocks) - self.above) * self.speed.forward(each)
+            per_epoch = steps // work.epochs
+            seconds = per_epoch * below + work.epochs * (per_epoch * (stepping + update) + weights + heads)
+        return self._stage("edit", num_bytes + self._after(SLACK * activations), flops, seconds)
 
     def _proof(self) -> Stage:
         """Answers before, after, and after rounding; losses before and after; drift on held-out texts."""
@@ -462,15 +482,16 @@ class _Planner:
         d_out, d_in = widest
         outside = 8 * (5 * d_out * d_in + d_out**2 + d_in**2)  # a share outside a subspace, in float64
         held = self.held + self.factors + self.spectra + self._edited + 4 * self.entries * (3 + 1)
-        num_bytes = held + max(cached, LOGIT_COPIES * logits, outside)
+        num_bytes = held + self._after(max(SLACK * cached, LOGIT_COPIES * logits, outside))
         answers = sum(answer_flops(work.model, group, MAX_NEW_TOKENS) for group in work.prompts)
         lengths = [length for batch in work.held_out for length in batch]
         lengths_twice = 2 * (lengths + [len(row.ids) for row in work.proof_rows])
         reading = texts_flops(work.model, self.matrices, lengths_twice)
         seconds = self._answer_seconds()
-        batches = 2 * len(work.held_out) + len(work.proof_rows) // 4  # the loss is taken of 8 rows at a time
-        others = self._passes(reading, sum(lengths_twice), batches, len(self.blocks), 0)
-        if seconds is not None and others is not None and self.speed is not None:
+        if seconds is not None and self.speed is not None:
+            shown = [len(row.ids) for row in work.proof_rows]
+            batches = [*work.held_out, *(shown[i : i + 8] for i in range(0, len(shown), 8))]
+            others = 2 * sum(self._pass_seconds(batch) for batch in batches)
             outside_flops = 2 * sum(map(coordinate_flops, self.shapes))  # in float64, half as fast
             copied = sum(lengths) * vocabulary(work.model) * 4 * 2 * LOGIT_COPIES * 2 / self.speed.copied
             seconds = 3 * seconds + others + outside_flops / self.speed.float32 + copied
@@ -482,9 +503,9 @@ class _Planner:
             return None
         total = 0.0
         for group in self.work.prompts:
-            flops = answer_flops(self.work.model, group, MAX_NEW_TOKENS)
-            total += flops / self.speed.forward
-            total += (MAX_NEW_TOKENS + 1) * len(self.blocks) * self.speed.overhead
+            total += self._pass_seconds(group, logits=len(group))
+            total += MAX_NEW_TOKENS * len(self.blocks) * self.speed.forward(len(group))
+            total += MAX_NEW_TOKENS * len(group) * head_flops(self.work.model) / self.speed.head
         return total
 
     def _save(self) -> Stage:
@@ -492,6 +513,7 @@ class _Planner:
         work = self.work
         converted = self.stored if work.stored_dtype != self.settings.dtype else 0
         num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2 + max(converted, self.weights)
+        num_bytes += int(self._after(0))
         answers = sum(answer_flops(work.model, group, MAX_NEW_TOKENS) for group in work.prompts)
         seconds = self._answer_seconds()
         if seconds is not None:
@@ -504,25 +526,30 @@ class _Planner:
         width = self.shapes[0][1] + 2 * self.shapes[0][0]
         return tokens * (sum(block.kept_bytes(self.settings.dtype) for block in top) + 4 * width)
 
-    def _passes(self, flops: StepFlops, logits: int, passes: int, blocks: int, differentiated: int) -> float | None:
-        """Seconds of passes over batches: flops at the blocks' and the head's rates, and what a pass costs at least.
+    def _pass_seconds(
+        self, lengths: Sequence[int], differentiated: int | None = None, logits: int | None = None
+    ) -> float:
+        """Seconds of a pass over one batch.
 
         Args:
-            flops: Of all passes.
-            logits: Positions whose logits are among them.
-            passes: How many.
-            blocks: That each runs forward.
-            differentiated: And backward.
+            lengths: Of its rows.
+            differentiated: How many of the topmost blocks are run backward; none when omitted, nor the head.
+            logits: Positions whose logits are computed; all when omitted.
         """
-        if self.speed is None:
-            return None
-        head = head_flops(self.work.model) * logits
-        heads = head * (1 + (flops.backward > 0))
-        forward, backward = flops.forward - head, max(0, flops.backward - head)
-        overhead = passes * (blocks + 2 * differentiated) * self.speed.overhead
-        return forward / self.speed.forward + backward / self.speed.backward + heads / self.speed.head + overhead
+        assert self.speed is not None
+        block, tokens = self.blocks[-1], sum(lengths)
+        measured = block.linear + block.attention * self.speed.row
+        flops = block.linear * tokens + block.attention * sum(n * n for n in lengths)
+        alike = flops / measured  # tokens in rows as they were measured that take as many flops
+        seconds = len(self.blocks) * self.speed.forward(alike)
+        heads = 1
+        if differentiated is not None:
+            seconds += differentiated * self.speed.backward(alike)
+            heads = 2
+        positions = tokens if logits is None else logits
+        return seconds + heads * positions * head_flops(self.work.model) / self.speed.head
 
-    def _stage(self, name: str, num_bytes: int, flops: int, seconds: float | None) -> Stage:
+    def _stage(self, name: str, num_bytes: float, flops: int, seconds: float | None) -> Stage:
         return Stage(name=name, num_bytes=int(num_bytes), flops=int(flops), seconds=seconds if self.speed else None)
 
     def _disk(self) -> dict[str, int]:

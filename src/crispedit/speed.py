@@ -1,8 +1,8 @@
 """How fast a machine is at what an edit does, measured in about two seconds.
 
 One decoder block of the model at hand, with its shapes and in its dtype but without its weights, is run forward and
-backward; then the head, a float32 product, a diagonalisation, a step of Adam and a copy of memory. What takes longer
-than the block's flops at their full rate is overhead, and shows at few tokens.
+backward, over few tokens and over many: a small batch is bound by overhead, a large one by products, or by memory. Then
+the head, a float32 product, a diagonalisation, a step of Adam and a copy of memory.
 """
 
 import copy
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .costs import block_costs
 from .models import decoder_blocks, text_config
 
 BUDGET = 0.25
 """Seconds that a measurement may take, or one run of what is measured if that takes longer."""
-ROW, FEW, MANY = 32, 32, 4096
+ROW, FEW, MANY = 32, 32, 2048
 """Tokens of a row, of a small batch, and of a large one at most."""
 NUMBERS = 2**22
 """Numbers of a tensor that is made to measure something."""
@@ -32,9 +31,8 @@ class Speed:
     """What a device does in a second.
 
     Args:
-        forward: Flops of decoder blocks per second, in large batches.
-        backward: Flops per second of the gradients of their activations.
-        overhead: Seconds per block and pass forward that no flop explains.
+        blocks: Tokens, seconds of a decoder block forward, and seconds of the gradient in its input; ascending.
+        row: Tokens per row of these.
         head: Flops per second of a product with the head's matrix.
         float32: Flops per second of float32 products.
         eigh: Seconds of a float64 diagonalisation, divided by n³.
@@ -42,14 +40,32 @@ class Speed:
         copied: Bytes of memory that are copied per second, read and written counted once.
     """
 
-    forward: float
-    backward: float
-    overhead: float
+    blocks: tuple[tuple[int, float, float], ...]
+    row: int
     head: float
     float32: float
     eigh: float
     adam: float
     copied: float
+
+    def forward(self, tokens: float) -> float:
+        """Seconds of a block forward over a batch of so many tokens."""
+        return self._between(tokens, 1)
+
+    def backward(self, tokens: float) -> float:
+        """Seconds of the gradient in a block's input over a batch of so many tokens."""
+        return self._between(tokens, 2)
+
+    def _between(self, tokens: float, which: int) -> float:
+        """On the straight lines through what was measured; no less than the fewest tokens took."""
+        points = [(float(point[0]), float(point[which])) for point in self.blocks]
+        if tokens >= points[-1][0]:
+            return points[-1][1] * tokens / points[-1][0]
+        right = next((i for i, (measured, _) in enumerate(points) if measured > tokens))
+        if right == 0:
+            return points[0][1]
+        (x, y), (more, longer) = points[right - 1], points[right]
+        return y + (longer - y) * (tokens - x) / (more - x)
 
 
 def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequence[int]) -> Speed:
@@ -64,31 +80,20 @@ def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequen
     Returns:
         The speeds.
     """
-    cost = block_costs(model)[layer]
     body, width = _one_block(model, layer, device), int(text_config(model).hidden_size)
-    tokens, seconds, flops = FEW, [], []
-    while True:
+    tokens = FEW
+    blocks: list[tuple[int, float, float]] = []
+    while not blocks or (tokens <= MANY and sum(blocks[-1][1:]) < BUDGET / 2):
         inputs = torch.randn(tokens // ROW, ROW, width, device=device, dtype=model.dtype).requires_grad_()
-        seconds.append(_forward_backward(body, inputs, device))
-        flops.append(tokens * (cost.linear + cost.attention * ROW))
-        if sum(seconds[-1]) > BUDGET / 4 or tokens >= MANY:
-            break
+        blocks.append((tokens, *_forward_backward(body, inputs, device)))
         tokens *= 4
-    few, many = seconds[0], seconds[-1]
-    if len(seconds) > 1:  # a straight line through both
-        rate = (flops[-1] - flops[0]) / max(many[0] - few[0], 1e-9)
-        overhead = max(0.0, few[0] - flops[0] / rate)
-    else:
-        rate, overhead = flops[0] / few[0], 0.0
-    backward = (tokens * (cost.linear + 2 * cost.attention * ROW)) / many[1]
     del body
     size = min(512, max(sizes))
     columns = max(1, min(int(model.get_output_embeddings().weight.shape[0]), NUMBERS // width))
     return Speed(
-        forward=rate,
-        backward=backward,
-        overhead=overhead,
-        head=_product_rate(min(tokens, 512), width, columns, device, model.dtype),
+        blocks=tuple(blocks),
+        row=ROW,
+        head=_product_rate(256, width, columns, device, model.dtype),
         float32=_product_rate(1024, 1024, 1024, device, torch.float32),
         eigh=_eigh_seconds(size, device) / size**3,
         adam=_adam_seconds(device),
