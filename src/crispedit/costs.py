@@ -96,6 +96,14 @@ def attention_width(model: Any) -> int:
     return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
+def cached_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes per token of the keys and values that are kept while an answer is generated."""
+    config = text_config(model)
+    heads = int(config.num_attention_heads)
+    width = attention_width(model) * int(getattr(config, "num_key_value_heads", None) or heads) // heads
+    return 2 * width * int(config.num_hidden_layers) * dtype.itemsize
+
+
 def block_costs(model: Any) -> tuple[BlockCosts, ...]:
     """What every decoder block costs.
 
@@ -234,7 +242,8 @@ def texts_flops(
         return StepFlops(forward=forward, backward=0)
     above, attention = _above(blocks, matrices[0].layer, tokens, tokens, squares)
     sums = sum(_sum_flops(size, kind) for matrix in matrices for size in matrix.shape)
-    return StepFlops(forward=forward, backward=head + above + 2 * attention, update=tokens * sums)
+    predicting = tokens - len(lengths)  # a text's last token predicts nothing
+    return StepFlops(forward=forward, backward=head + above + 2 * attention, update=predicting * sums)
 
 
 def _sum_flops(size: int, kind: Kind) -> int:
@@ -257,8 +266,9 @@ def answer_flops(model: Any, prompts: Sequence[int], new_tokens: int) -> int:
     linear, attention = sum(block.linear for block in blocks), sum(block.attention for block in blocks)
     total = 0
     for length in prompts:
-        later = new_tokens * length + new_tokens * (new_tokens + 1) // 2  # keys that the new tokens attend to
-        total += linear * (length + new_tokens) + attention * (length**2 + later) + head_flops(model) * new_tokens
+        later = new_tokens - 1  # the prompt itself gives the first one
+        keys = length**2 + later * length + later * (later + 1) // 2
+        total += linear * (length + later) + attention * keys + head_flops(model) * new_tokens
     return total
 
 

@@ -16,8 +16,8 @@ from .costs import (
     Shape,
     StepFlops,
     answer_flops,
-    attention_width,
     block_costs,
+    cached_bytes,
     coordinate_flops,
     cross_flops,
     eigh_flops,
@@ -434,9 +434,7 @@ class _Planner:
         """Of the update rules of all matrices in one step: coordinates, or a cross no wider than a sketch knows."""
         if self.settings.kind == "dense":
             return sum(map(coordinate_flops, self.shapes))
-        return sum(
-            cross_flops(shape, *(sketch_rank(size) for size in shape)) // 2 for shape in self.shapes
-        )  # half of what the sketches know, at a guess
+        return sum(cross_flops(shape, *(sketch_rank(size) for size in shape)) for shape in self.shapes)
 
     @property
     def _edited(self) -> int:
@@ -475,7 +473,7 @@ class _Planner:
     def _proof(self) -> Stage:
         """Answers before, after, and after rounding; losses before and after; drift on held-out texts."""
         work = self.work
-        per_token = 2 * attention_width(work.model) * self.settings.dtype.itemsize * len(self.blocks)
+        per_token = cached_bytes(work.model, self.settings.dtype)
         cached = max((len(group) * (max(group) + MAX_NEW_TOKENS) for group in work.prompts), default=0) * per_token
         logits = max((max(batch) * len(batch) for batch in work.held_out), default=0) * vocabulary(work.model) * 4
         widest = max(self.shapes, key=lambda shape: shape[0] * shape[1])
@@ -521,9 +519,9 @@ class _Planner:
         return self._stage("save", num_bytes, answers, seconds)
 
     def _kept(self, tokens: int, blocks: int) -> int:
-        """Bytes that autograd keeps of so many tokens in the topmost blocks."""
+        """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
         top = self.blocks[len(self.blocks) - blocks :] if blocks else ()
-        width = self.shapes[0][1] + 2 * self.shapes[0][0]
+        width = sum(d_in + 2 * d_out for d_out, d_in in self.shapes)
         return tokens * (sum(block.kept_bytes(self.settings.dtype) for block in top) + 4 * width)
 
     def _pass_seconds(
