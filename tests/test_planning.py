@@ -93,6 +93,8 @@ def test_what_each_setting_saves():
     assert stages(planned(dtype=torch.bfloat16))["load"] < 0.6 * whole["load"] + WORK.model.lm_head.weight.numel() * 4
     assert stages(planned(kind="sketch"))["diagonalise"] < whole["diagonalise"]
     assert stages(planned(layers=(5,)))["edit"] < whole["edit"]
+    assert whole["save"] - stages(planned(save="delta"))["save"] == WEIGHTS  # the second model
+    assert planned(save="delta").disk["change"] == 4 * 3 * 2048 * 8192
     recorded = 320 * 20 * (8192 + 2048) * 4
     assert whole["edit"] - stages(planned(mapped=True))["edit"] == recorded
     assert planned(mapped=True).disk["recorded states, temporary"] == recorded
@@ -175,7 +177,7 @@ def test_a_plan_is_made_of_json():
     record = planned(speed=SPEED).record()
     assert record["peak_bytes"] == max(stage["bytes"] for stage in record["stages"].values())
     assert record["settings"] == {
-        "layers": (3, 4, 5), "dtype": "float32", "batch_size": 32, "mapped": False, "factors": "dense",
+        "layers": (3, 4, 5), "dtype": "float32", "batch_size": 32, "mapped": False, "save": "model", "factors": "dense",
     }  # fmt: skip
     assert record["step_flops"]["total"] * record["steps"] == pytest.approx(record["stages"]["edit"]["flops"], rel=0.2)
 

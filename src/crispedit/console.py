@@ -161,7 +161,12 @@ def duration(seconds: float | None) -> str:
     for unit, factor in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * factor:
             return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def tera(flops: int) -> str:
+    """Flops in units of 10¹², or a dash."""
+    return "–" if not flops else f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
 
 
 def print_plan(plan: Plan, title: str) -> None:

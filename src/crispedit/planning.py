@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint import Form
 from .costs import (
     Shape,
     StepFlops,
@@ -91,6 +92,7 @@ class Settings:
         batch_size: Edits per step, at most.
         mapped: Whether recorded states go to a file whatever their size.
         kind: Of the factors.
+        save: What is written at the end: a whole model is read again, to be asked, beside the one in memory.
     """
 
     layers: tuple[int, ...]
@@ -98,6 +100,7 @@ class Settings:
     batch_size: int
     mapped: bool
     kind: Kind
+    save: Form = "model"
 
     def changes(self, before: "Settings") -> list[str]:
         """What is to be done to get from other settings to these."""
@@ -106,6 +109,8 @@ class Settings:
             said.append(f"--batch-size {self.batch_size}")
         if self.mapped and not before.mapped:
             said.append("recorded states in a file")
+        if self.save != before.save:
+            said.append(f"--save {self.save}")
         if self.dtype != before.dtype:
             said.append(f"--dtype {_name(self.dtype)}")
         if self.kind != before.kind:
@@ -287,7 +292,7 @@ def fit_memory(work: Workload, settings: Settings, memory: int) -> Fit:
 
 
 def _variations(work: Workload, settings: Settings) -> Iterator[Settings]:
-    """Settings that take less and less, in the order of what they cost: nothing, rounding, directions, reach."""
+    """Settings that take less, in the order of what they cost: time, a step at the end, rounding, directions, reach."""
     small = settings
     yield small
     while small.batch_size > 1:
@@ -295,6 +300,10 @@ def _variations(work: Workload, settings: Settings) -> Iterator[Settings]:
         yield small
     sizes = [settings, replace(settings, mapped=True), replace(small, mapped=True)]
     yield from sizes[1:]
+    if settings.save == "model":
+        reduced = [replace(one, save="delta") for one in sizes]
+        yield from reduced
+        sizes += reduced
     if settings.dtype == torch.float32:
         sizes = [replace(one, dtype=torch.bfloat16) for one in sizes]
         yield from sizes
@@ -509,14 +518,16 @@ class _Planner:
     def _save(self) -> Stage:
         """The model in its stored dtype, written; then read again beside the one in memory, and asked."""
         work = self.work
+        num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2 + self._after(0)
+        if self.settings.save == "delta":
+            written = 4 * self.entries
+            return self._stage("save", num_bytes, 0, written / WRITE_RATE)
         converted = self.stored if work.stored_dtype != self.settings.dtype else 0
-        num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2 + max(converted, self.weights)
-        num_bytes += int(self._after(0))
         answers = sum(answer_flops(work.model, group, MAX_NEW_TOKENS) for group in work.prompts)
         seconds = self._answer_seconds()
         if seconds is not None:
             seconds += self.stored / WRITE_RATE + self.stored / READ_RATE
-        return self._stage("save", num_bytes, answers, seconds)
+        return self._stage("save", num_bytes + max(converted, self.weights), answers, seconds)
 
     def _kept(self, tokens: int, blocks: int) -> int:
         """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
@@ -551,7 +562,7 @@ class _Planner:
         return Stage(name=name, num_bytes=int(num_bytes), flops=int(flops), seconds=seconds if self.speed else None)
 
     def _disk(self) -> dict[str, int]:
-        found = {"edited model": self.stored}
+        found = {"edited model": self.stored} if self.settings.save == "model" else {"change": 4 * self.entries}
         if self.work.halves:
             found["curvature, in the cache"] = self.factors
             found["state of its passes, temporary"] = 2 * self.factors
