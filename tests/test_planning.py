@@ -15,7 +15,14 @@ from families import FAMILIES, tiny_model
 
 GB = 10**9
 SPEED = Speed(
-    blocks=((32, 0.01, 0.02), (128, 0.02, 0.06)), row=32, head=1e9, float32=1e9, eigh=1e-9, adam=1e-9, copied=1e9
+    blocks=((32, 0.01, 0.02), (128, 0.02, 0.06)),
+    row=32,
+    head=1e9,
+    float32=1e9,
+    eigh=1e-9,
+    logit=1e-8,
+    adam=1e-9,
+    copied=1e9,
 )
 
 
@@ -147,7 +154,7 @@ def test_the_cheapest_change_that_fits_is_named():
     assert not low.possible
     assert "--layers 5" in low.changes
     seen = []
-    for memory in range(int(planned().peak.num_bytes), low.num_bytes, -GB // 20):
+    for memory in range(int(planned().peak.num_bytes), low.num_bytes, -GB // 4):
         found = fit_memory(WORK, SETTINGS, memory)
         assert found.possible
         assert found.num_bytes <= memory
@@ -160,6 +167,12 @@ def test_the_cheapest_change_that_fits_is_named():
     assert order == sorted(order)
     assert [True, False, False] in order
     assert [True, True, False] in order
+
+
+def test_what_can_not_be_made_smaller_does_not_fit():
+    least = Settings(layers=(5,), dtype=torch.bfloat16, batch_size=1, mapped=True, kind="sketch", save="delta")
+    found = fit_memory(WORK, least, GB)
+    assert (found.fits, found.possible, found.changes) == (False, False, [])
 
 
 def test_a_known_curvature_is_not_sketched_to_fit():
@@ -192,5 +205,5 @@ def test_every_family_can_be_measured_by_one_block(name):
     assert time.monotonic() - started < 20  # two seconds on a machine with nothing else to do
     assert len(speed.blocks) > 1
     assert all(forward > 0 and backward > 0 for _, forward, backward in speed.blocks)
-    assert min(speed.head, speed.float32, speed.eigh, speed.adam, speed.copied) > 0
+    assert min(speed.head, speed.float32, speed.eigh, speed.logit, speed.adam, speed.copied) > 0
     assert all(parameter.is_meta for parameter in model.parameters()), "the model itself is not touched"

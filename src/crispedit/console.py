@@ -177,17 +177,9 @@ def print_plan(plan: Plan, title: str) -> None:
     for (d_out, d_in), layers in shapes.items():
         name = plan.matrices[0][0].split(".", 1)[-1].rpartition(".")[0].split(".")[-1]
         out.print(f"edited: {name} of layers {', '.join(layers)}, {d_out} × {d_in} each", soft_wrap=True)
-    rows = [
-        [
-            stage.name,
-            size(stage.num_bytes),
-            f"{stage.flops / 1e12:.3g}" if stage.flops else "–",
-            duration(stage.seconds),
-        ]
-        for stage in plan.stages
-    ]
-    flops = sum(stage.flops for stage in plan.stages) / 1e12
-    rows.append(["in all", size(plan.peak.num_bytes), f"{flops:.3g}", duration(plan.seconds)])
+    rows = [[stage.name, size(stage.num_bytes), tera(stage.flops), duration(stage.seconds)] for stage in plan.stages]
+    flops = sum(stage.flops for stage in plan.stages)
+    rows.append(["in all", size(plan.peak.num_bytes), tera(flops), duration(plan.seconds)])
     print_table(title, ["stage", "peak memory", "TFLOP", "time"], rows)
     out.print("disk: " + "; ".join(f"{name} {size(taken)}" for name, taken in plan.disk.items()), soft_wrap=True)
     settings = plan.settings
@@ -205,7 +197,7 @@ def print_plan(plan: Plan, title: str) -> None:
 
 def _fit_line(fit: Fit) -> str:
     """Whether a memory is enough, in a line."""
-    if fit.fits and fit.possible:
+    if fit.fits:
         return f"It fits into {size(fit.memory)}."
     changes = ", ".join(fit.changes)
     if fit.possible:

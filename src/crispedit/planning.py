@@ -288,7 +288,8 @@ def fit_memory(work: Workload, settings: Settings, memory: int) -> Fit:
             break
     assert least is not None
     taken, changed = least
-    return Fit(memory=memory, fits=changed == settings, changes=changed.changes(settings), num_bytes=taken)
+    as_it_is = changed == settings and taken <= memory
+    return Fit(memory=memory, fits=as_it_is, changes=changed.changes(settings), num_bytes=taken)
 
 
 def _variations(work: Workload, settings: Settings) -> Iterator[Settings]:
@@ -377,7 +378,7 @@ class _Planner:
             seconds = sum(self._pass_seconds(batch, self.above) for half in work.halves for batch in half)
             seconds += (flops.update + products) / self.speed.float32 + eigh * self.speed.eigh
             # labels are drawn, and losses taken, over all logits
-            seconds += sum(lengths) * vocabulary(work.model) * 4 * LOGIT_COPIES * 4 / self.speed.copied
+            seconds += sum(lengths) * vocabulary(work.model) * self.speed.logit
         total = flops.total + products + eigh * eigh_flops(1)
         return self._stage("curvature", self.held + self.factors + max(passing, merging), total, seconds)
 
@@ -500,8 +501,8 @@ class _Planner:
             batches = [*work.held_out, *(shown[i : i + 8] for i in range(0, len(shown), 8))]
             others = 2 * sum(self._pass_seconds(batch) for batch in batches)
             outside_flops = 2 * sum(map(coordinate_flops, self.shapes))  # in float64, half as fast
-            copied = sum(lengths) * vocabulary(work.model) * 4 * 2 * LOGIT_COPIES * 2 / self.speed.copied
-            seconds = 3 * seconds + others + outside_flops / self.speed.float32 + copied
+            compared = sum(lengths) * vocabulary(work.model) * self.speed.logit  # two losses, a divergence
+            seconds = 3 * seconds + others + outside_flops / self.speed.float32 + compared
         return self._stage("proof", num_bytes, 3 * answers + reading.total, seconds)
 
     def _answer_seconds(self) -> float | None:

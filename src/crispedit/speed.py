@@ -36,6 +36,7 @@ class Speed:
         head: Flops per second of a product with the head's matrix.
         float32: Flops per second of float32 products.
         eigh: Seconds of a float64 diagonalisation, divided by n³.
+        logit: Seconds per logit of drawing a label, of the loss of one and of its gradient.
         adam: Seconds of a step of Adam per number.
         copied: Bytes of memory that are copied per second, read and written counted once.
     """
@@ -45,6 +46,7 @@ class Speed:
     head: float
     float32: float
     eigh: float
+    logit: float
     adam: float
     copied: float
 
@@ -96,6 +98,7 @@ def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequen
         head=_product_rate(256, width, columns, device, model.dtype),
         float32=_product_rate(1024, 1024, 1024, device, torch.float32),
         eigh=_eigh_seconds(size, device) / size**3,
+        logit=_logit_seconds(columns, device),
         adam=_adam_seconds(device),
         copied=_copy_rate(device),
     )
@@ -138,6 +141,18 @@ def _eigh_seconds(size: int, device: torch.device) -> float:
     root = torch.randn(size, size, generator=generator, dtype=torch.float64)
     matrix = (root @ root.T).to(device)
     return _seconds(lambda: torch.linalg.eigh(matrix), device)
+
+
+def _logit_seconds(columns: int, device: torch.device) -> float:
+    """Seconds per logit of what :mod:`crispedit.factors` does with them."""
+    logits = torch.zeros(NUMBERS // columns or 1, columns, device=device, requires_grad=True)
+
+    def run() -> None:
+        noise = torch.rand(logits.shape).to(device).log_().neg_().log_()
+        loss = nn.functional.cross_entropy(logits.float(), (logits.detach() - noise).argmax(-1), reduction="sum")
+        torch.autograd.grad(loss, logits)
+
+    return _seconds(run, device) / logits.numel()
 
 
 def _adam_seconds(device: torch.device) -> float:
