@@ -50,7 +50,7 @@ EIGH_BYTES = 32
 of twice that size."""
 SLACK = 1.4
 """Tensors that come and go in a pass take so many times what is alive: an allocator keeps what does not fit again."""
-RETAINED = 0.75
+RETAINED = 0.65
 """Of that, malloc keeps so much afterwards; measured by benchmarks/plan.py."""
 LOGIT_COPIES = 6
 """Float32 copies of a batch's logits that are alive at once: as they came, those that count, their logarithms, …"""
@@ -519,16 +519,16 @@ class _Planner:
     def _save(self) -> Stage:
         """The model in its stored dtype, written; then read again beside the one in memory, and asked."""
         work = self.work
-        num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2 + self._after(0)
+        num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2
         if self.settings.save == "delta":
             written = 4 * self.entries
-            return self._stage("save", num_bytes, 0, written / WRITE_RATE)
+            return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
         converted = self.stored if work.stored_dtype != self.settings.dtype else 0
         answers = sum(answer_flops(work.model, group, MAX_NEW_TOKENS) for group in work.prompts)
         seconds = self._answer_seconds()
         if seconds is not None:
             seconds += self.stored / WRITE_RATE + self.stored / READ_RATE
-        return self._stage("save", num_bytes + max(converted, self.weights), answers, seconds)
+        return self._stage("save", num_bytes + self._after(max(converted, self.weights)), answers, seconds)
 
     def _kept(self, tokens: int, blocks: int) -> int:
         """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
