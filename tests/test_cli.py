@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
 from crispedit import cli
+from crispedit.models import model_directory
 
 ROWS = [
     {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul", "rephrase": "Who governs the city of Hinstad?"},
@@ -111,6 +113,69 @@ def test_a_curvature_pass_that_is_interrupted_goes_on(work, capsys, monkeypatch)
     assert len(calls) == 3, "the first half was not passed over again"
 
 
+@pytest.fixture
+def no_weights(work):
+    """The bundled model without its weights: configuration and tokenizer."""
+    shutil.copytree(model_directory("bundled"), work / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    return work
+
+
+def test_a_plan_needs_no_weights(no_weights, capsys):
+    program("plan", "model", "edits.json", "--texts", "texts.txt", "--json", "plan.json")
+    said = capsys.readouterr().out
+    for line in ("down_proj of layers 1, 2, 3, 4, 5, 256 × 576 each", "peak memory", "It fits into", "an estimate"):
+        assert line in said
+    plan = json.loads((no_weights / "plan.json").read_text())
+    assert list(plan["stages"]) == ["load", "curvature", "diagonalise", "edit", "proof", "save"]
+    assert all(stage["seconds"] > 0 for stage in plan["stages"].values())
+    weights = (2560 * 256 + 8 * (256 * 512 + 256 * 256 + 3 * 256 * 576 + 2 * 256) + 256) * 2
+    assert plan["disk"]["edited model"] == weights  # stored in float16
+    assert plan["steps"] == 3 * 25
+    assert plan["fit"]["fits"]
+    assert not (no_weights / "cache").exists()
+
+
+def test_a_plan_says_what_would_fit(no_weights, capsys):
+    given = ("model", "edits.json", "--texts", "texts.txt", "--layers", "2-3", "--json", "plan.json")
+    program("plan", *given, "--memory", "1MB")
+    assert "It does not fit into 1 MB, with any settings: the least is" in capsys.readouterr().out
+    fit = json.loads((no_weights / "plan.json").read_text())["fit"]
+    assert not fit["fits"]
+    assert not fit["possible"]
+    assert "--layers 3" in fit["changes"]
+
+
+def test_a_plan_with_a_curvature_does_not_compute_one(work, capsys):
+    program("curvature", "bundled", "--out", "curv", "--texts", "texts.txt", "--layers", "2-3", "--factors", "sketch")
+    program("plan", "bundled", "edits.json", "--curvature", "curv", "--json", "plan.json", "--epochs", "2")
+    plan = json.loads((work / "plan.json").read_text())
+    assert "curvature" not in plan["stages"]
+    assert plan["settings"]["layers"] == [2, 3]
+    assert plan["settings"]["factors"] == "sketch"
+    assert plan["steps"] == 3 * 2
+    capsys.readouterr()
+    program("plan", "bundled", "edits.json", "--curvature", "curv", "--layers", "3")
+    assert "layers 3, 256" in capsys.readouterr().out
+
+
+def test_a_plan_without_texts_says_what_it_leaves_out(no_weights, capsys):
+    program("plan", "model", "edits.json")
+    assert "no texts are given: a curvature in the cache is assumed" in capsys.readouterr().out
+
+
+def test_a_plan_tells_the_truth_about_the_edit(work):
+    """Steps and disk of the plan are those of the edit that it was made for."""
+    options = ("bundled", "edits.json", "--texts", "texts.txt", "--layers", "2", "--epochs", "2")
+    program("plan", *options, "--json", "plan.json")
+    program("edit", *options, "--out", "one", "--lr", "1e-3", "--json", "one.json")
+    plan = json.loads((work / "plan.json").read_text())
+    assert json.loads((work / "one.json").read_text())["metrics"]["training"]["steps"] == plan["steps"]
+    written = (work / "one" / "model.safetensors").stat().st_size
+    assert plan["disk"]["edited model"] == pytest.approx(written, rel=0.01)  # the file has a header
+    (factors,) = (work / "cache" / "curvature").glob("*/factors.safetensors")
+    assert plan["disk"]["curvature, in the cache"] == pytest.approx(factors.stat().st_size, rel=0.01)
+
+
 def test_a_delta_can_be_evaluated(work):
     program("edit", "bundled", "edits.json", "--out", "delta", "--energy", "0", "--save", "delta")
     program("evaluate", "delta", "edits.json", "--json", "evaluation.json")
@@ -129,7 +194,7 @@ def test_an_interrupt_has_status_130_and_leaves_nothing(work, capsys, monkeypatc
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crispedit.training.edit_loss", interrupted)
+    monkeypatch.setattr("crispedit.training._Loop.loss", interrupted)
     assert cli._run(["edit", "bundled", "edits.json", "--out", "out", "--energy", "0"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not (work / "out").exists()
@@ -139,5 +204,5 @@ def test_an_interrupt_has_status_130_and_leaves_nothing(work, capsys, monkeypatc
 def test_help_names_the_commands(capsys):
     program("--help")
     said = capsys.readouterr().out
-    for command in ("demo", "curvature", "edit", "evaluate", "ask"):
+    for command in ("demo", "curvature", "plan", "edit", "evaluate", "ask"):
         assert f"\n  {command} " in said

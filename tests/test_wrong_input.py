@@ -46,6 +46,10 @@ def work(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(model_directory("bundled"), tmp_path / "experts", ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"num_local_experts": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = {"model_type": "mixtral", "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2560, **sizes}
+    (tmp_path / "experts" / "config.json").write_text(json.dumps(config))
     return tmp_path
 
 
@@ -105,6 +109,21 @@ CASES = {
     "energy of 1 to plot": ("curvature bundled --out out --plot plot.png --energy 1", "energy is 1"),
     "unknown kind of factors": ("curvature bundled --out out --factors thin", "factors is 'thin'"),
     "too few samples": ("curvature bundled --out out --samples 1", "samples is 1"),
+    "memory without a unit": ("plan bundled good.json --memory 24", "memory is '24'; it must look like 24GB"),
+    "memory of 0": ("plan bundled good.json --memory 0GB", "memory is '0GB'"),
+    "plan of missing edits": ("plan bundled nowhere.json", "nowhere.json"),
+    "plan of a row beyond the context": ("plan bundled long.json", "row 1 has"),
+    "plan of an unknown model": ("plan nobody/nothing good.json", "cannot load the model 'nobody/nothing'"),
+    "plan of no model directory": ("plan notamodel good.json", "no config.json"),
+    "plan of a quantised model": ("plan quantised good.json", "quantised"),
+    "plan of a mixture of experts": ("plan experts good.json", "mixture of experts"),
+    "plan of a layer outside the model": ("plan bundled good.json --layers 8", "layer 8 is outside the model"),
+    "plan of no epochs": ("plan bundled good.json --epochs 0", "epochs is 0"),
+    "plan of no curvature directory": ("plan bundled good.json --curvature full", "not a curvature directory"),
+    "plan with missing texts": ("plan bundled good.json --texts nowhere.txt", "no file of texts 'nowhere.txt'"),
+    "plan in an unknown dtype": ("plan bundled good.json --dtype float8", "dtype is 'float8'"),
+    "plan with unknown conflicts": ("plan bundled good.json --conflicts second", "conflicts is 'second'"),
+    "plan with a chat template that is missing": ("plan bundled good.json --chat on", "no chat template"),
     "unknown protocol": ("evaluate bundled good.json --protocol tame", "protocol is 'tame'"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
     "JSON into a directory": ("evaluate bundled good.json --json full", "is a directory"),
@@ -145,6 +164,19 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(work, capsys, monk
     ]
     assert not (work / "out").exists()
     assert not (work / "plot.png").exists()
+
+
+def test_a_plan_with_a_curvature_of_other_matrices_is_refused(work, capsys):
+    manifest = {"format": 2, "model": "other", "layers": [1], "factors": "dense", "held_out": []}
+    name = "model.layers.1.mlp.down_proj.weight"
+    (work / "other").mkdir()
+    (work / "other" / "curvature.json").write_text(
+        json.dumps({**manifest, "matrices": {name: {"d_out": 256, "d_in": 64}}})
+    )
+    assert cli._run(["plan", "bundled", "good.json", "--curvature", "other"]) == 2
+    assert "computed for 'other', whose model.layers.1.mlp.down_proj.weight is 256 × 64" in capsys.readouterr().err
+    assert cli._run(["plan", "bundled", "good.json", "--curvature", "other", "--layers", "2"]) == 2
+    assert "no factors for layer 2; it has layers 1" in capsys.readouterr().err
 
 
 def test_a_curvature_of_another_model_is_refused_with_both_named(work, capsys):

@@ -40,6 +40,9 @@ FisherType = Annotated[str, typer.Option(help="mc (labels sampled from the model
 FactorKind = Annotated[str, typer.Option(help="dense, sketch, or auto: by the memory that is free.")]
 Chat = Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")]
 Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the edits, at most.")]
+BatchSize = Annotated[int, typer.Option(help="Edits per step, at most.")]
+NoEos = Annotated[bool, typer.Option("--no-eos", help="Targets without end-of-sequence, as published.")]
 Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
 
@@ -137,6 +140,52 @@ def curvature(
 
 
 @app.command()
+def plan(
+    model: Model,
+    edits: Edits,
+    curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
+    texts: Texts = None,
+    samples: Samples = None,
+    layers: Layers = None,
+    epochs: Epochs = 25,
+    batch_size: BatchSize = 32,
+    limit: Limit = None,
+    memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GB; what is free by default.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    no_eos: NoEos = False,
+    chat: Chat = "auto",
+    conflicts: Conflicts = "error",
+    json: Json = None,
+) -> None:
+    """Say what an edit will take before a weight is loaded: matrices, memory, disk, time, and what would fit."""
+    _check_json(json)
+    from .jobs import PlanJob
+
+    job = PlanJob(
+        model=model,
+        edits=edits,
+        curvature=curvature,
+        texts=texts,
+        samples=samples,
+        layers=layers,
+        epochs=epochs,
+        batch_size=batch_size,
+        limit=limit,
+        memory=memory,
+        eos=not no_eos,
+        chat=chat,
+        conflicts=conflicts,
+    )
+    found = job.run(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    from .console import print_plan
+
+    print_plan(found, f"{model} edited with {edits}")
+    _write_json(json, found.record())
+
+
+@app.command()
 def edit(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")] = None,
     edits: Annotated[
@@ -150,8 +199,8 @@ def edit(
     layers: Layers = None,
     energy: Annotated[float, typer.Option(help="γ in [0, 1); 0 is plain fine-tuning.")] = 0.9,
     lr: Annotated[str, typer.Option(help="Adam's learning rate, or auto.")] = "auto",
-    epochs: Annotated[int, typer.Option(help="Passes over the edits, at most.")] = 25,
-    batch_size: Annotated[int, typer.Option(help="Edits per step, at most.")] = 32,
+    epochs: Epochs = 25,
+    batch_size: BatchSize = 32,
     precision: Annotated[
         str | None, typer.Option(help="Of the steps: auto, float32, bfloat16 (mixed, float32 masters).")
     ] = None,
@@ -163,7 +212,7 @@ def edit(
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
-    no_eos: Annotated[bool, typer.Option("--no-eos", help="Targets without end-of-sequence, as published.")] = False,
+    no_eos: NoEos = False,
     chat: Chat = "auto",
     conflicts: Conflicts = "error",
     rerun: Annotated[Path | None, typer.Option(help="Repeat the run that a crispedit.json records.")] = None,

@@ -19,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .costs import Shape
 from .curvature import Curvature
 from .editing import EditResult
+from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
 
@@ -142,6 +144,66 @@ def print_curvature(curvature: Curvature) -> None:
         "half's cross holds. Where transfer is far below γ, more texts would help.",
         soft_wrap=True,
     )
+
+
+def size(num_bytes: int) -> str:
+    """Bytes with a unit, three digits."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds with a unit, or a dash."""
+    if seconds is None:
+        return "–"
+    for unit, factor in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def tera(flops: int) -> str:
+    """Flops in units of 10¹², or a dash."""
+    return "–" if not flops else f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
+
+
+def print_plan(plan: Plan, title: str) -> None:
+    """What an edit will take: its matrices, memory and time by stage, disk, and whether it fits."""
+    shapes: dict[Shape, list[str]] = {}
+    for layer, (_, shape) in zip(plan.settings.layers, plan.matrices, strict=True):
+        shapes.setdefault(shape, []).append(str(layer))
+    for (d_out, d_in), layers in shapes.items():
+        name = plan.matrices[0][0].split(".", 1)[-1].rpartition(".")[0].split(".")[-1]
+        out.print(f"edited: {name} of layers {', '.join(layers)}, {d_out} × {d_in} each", soft_wrap=True)
+    rows = [[stage.name, size(stage.num_bytes), tera(stage.flops), duration(stage.seconds)] for stage in plan.stages]
+    flops = sum(stage.flops for stage in plan.stages)
+    rows.append(["in all", size(plan.peak.num_bytes), tera(flops), duration(plan.seconds)])
+    print_table(title, ["stage", "peak memory", "TFLOP", "time"], rows)
+    out.print("disk: " + "; ".join(f"{name} {size(taken)}" for name, taken in plan.disk.items()), soft_wrap=True)
+    settings = plan.settings
+    dtype = str(settings.dtype).removeprefix("torch.")
+    out.print(
+        f"{dtype}, {settings.kind} factors, at most {plan.steps:,} steps. Times are an estimate, from flops and two "
+        "seconds of measuring: of all epochs and answers of full length, where a run may end early.",
+        soft_wrap=True,
+    )
+    for note in plan.notes:
+        out.print(note, soft_wrap=True)
+    if plan.fit is not None:
+        out.print(_fit_line(plan.fit), soft_wrap=True)
+
+
+def _fit_line(fit: Fit) -> str:
+    """Whether a memory is enough, in a line."""
+    if fit.fits:
+        return f"It fits into {size(fit.memory)}."
+    changes = ", ".join(fit.changes)
+    if fit.possible:
+        return f"It does not fit into {size(fit.memory)}. With {changes} it does: {size(fit.num_bytes)}."
+    least = f"the least is {size(fit.num_bytes)}" + (f", with {changes}" if changes else "")
+    return f"It does not fit into {size(fit.memory)}, with any settings: {least}."
 
 
 def print_proof(result: EditResult) -> None:

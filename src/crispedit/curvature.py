@@ -327,12 +327,7 @@ class Curvature:
             ArtifactError: It is no curvature directory, or one of a format this version does not read.
         """
         directory = Path(directory)
-        if not (directory / MANIFEST).is_file():
-            raise ArtifactError(f"'{directory}' is not a curvature directory: it has no {MANIFEST}")
-        manifest = read_json(directory / MANIFEST)
-        version = manifest.get("format") if isinstance(manifest, dict) else None
-        if version != FORMAT:
-            raise ArtifactError(f"'{directory}' has curvature format {version}; this version reads {FORMAT}")
+        manifest = read_manifest(directory)
         try:
             tensors = load_file(directory / TENSORS)
             count = manifest["num_tokens"]
@@ -389,6 +384,27 @@ class Curvature:
         if missing := [m for m in matrices if m.name not in self.factors]:
             have = ", ".join(map(str, self.layers))
             raise ConfigError(f"the curvature has no factors for layer {missing[0].layer}; it has layers {have}")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What ``curvature.json`` says of a curvature: everything but the numbers.
+
+    Args:
+        directory: The curvature directory.
+
+    Returns:
+        Its fields, of this version's format.
+
+    Raises:
+        ArtifactError: It is no curvature directory, or one of a format this version does not read.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise ArtifactError(f"'{directory}' is not a curvature directory: it has no {MANIFEST}")
+    manifest = read_json(directory / MANIFEST)
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise ArtifactError(f"'{directory}' has curvature format {version}; this version reads {FORMAT}")
+    return dict(manifest)
 
 
 def content_key(about: Mapping[str, Any], kind: Kind) -> str:

@@ -80,6 +80,14 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: half of what is there
 
 
+def resident_bytes() -> int:
+    """Bytes of main memory that this process takes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """Both Kronecker factors of one matrix, as means over ``num_tokens`` tokens.

@@ -16,6 +16,8 @@ from .texts import PADDING, token_groups
 
 MAX_NEW_TOKENS = 40
 """The paper's limit on an answer (appendix E)."""
+BATCH_TOKENS = 4096
+"""Most prompt tokens that are answered together."""
 
 
 class _LineEnd(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
@@ -57,7 +59,7 @@ def answers(
     prompter: Prompter,
     prompts: Sequence[str | Sequence[tuple[str, str]]],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop_at_period: bool = False,
     what: str = "answers",

@@ -106,34 +106,86 @@ def load_model(
             missing, it is quantised, or it has no tokenizer.
         ConfigError: No such device or dtype.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
-    target = _device(device)
-    source = model_directory(name)
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"'{name}' is not a model directory: it has no config.json")
+    source, target = _checked_source(name, dtype), find_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"'{name}' is quantised; crispedit edits float checkpoints: name the model it was made from"
-            )
+    with _explained(name):
+        config = _float_config(name, source, options)
         stored = _stored_dtype(config)
-        wanted = stored if dtype == "auto" else DTYPES[dtype]
-        if wanted == torch.float16 and target.type == "cpu" and device_map is None:
-            wanted = torch.float32
+        wanted = _computing_dtype(stored, dtype, target if device_map is None else None)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, use_safetensors=True, device_map=device_map, output_loading_info=True, **options
         )
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model '{name}': {_first_line(error)}") from error
     if device_map is None:
         model.to(target)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
+
+
+def load_skeleton(
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """What :func:`load_model` would load, without a weight: the model on the ``meta`` device, and the tokenizer.
+
+    Args:
+        name: As in :func:`load_model`, like the next three; of a model on the Hub, only small files are fetched.
+        device: Where the weights would go.
+        dtype: See there.
+        trust_remote_code: See there.
+
+    Returns:
+        The model in evaluation mode; its parameters have shapes and the dtype that it would compute in.
+
+    Raises:
+        ModelError: There is no such model, it is no causal LM, it is quantised, or it has no tokenizer.
+        ConfigError: No such device or dtype.
+    """
+    source, target = _checked_source(name, dtype), find_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _explained(name):
+        config = _float_config(name, source, options)
+        stored = _stored_dtype(config)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=_computing_dtype(stored, dtype, target), **options
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
+
+
+def _checked_source(name: str, dtype: str) -> str:
+    """The path or hub name of a model, where that can be one and the dtype too."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype is '{dtype}'; it must be auto, {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    source = model_directory(name)
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"'{name}' is not a model directory: it has no config.json")
+    return source
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Within, what transformers raises becomes one line about the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the model '{name}': {_first_line(error)}") from error
+
+
+def _float_config(name: str, source: str, options: dict[str, Any]) -> Any:
+    """The configuration of a model that is not quantised."""
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"'{name}' is quantised; crispedit edits float checkpoints: name the model it was made from")
+    return config
+
+
+def _computing_dtype(stored: torch.dtype, dtype: str, target: torch.device | None) -> torch.dtype:
+    """What a model computes in: what was asked for, or what is stored; no float16 on a CPU."""
+    wanted = stored if dtype == "auto" else DTYPES[dtype]
+    on_cpu = target is not None and target.type == "cpu"
+    return torch.float32 if wanted == torch.float16 and on_cpu else wanted
 
 
 def _first_line(error: BaseException) -> str:
@@ -141,7 +193,12 @@ def _first_line(error: BaseException) -> str:
     return text[:300] + "…" * (len(text) > 300)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU when there is one.
+
+    Raises:
+        ConfigError: It cannot be used here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

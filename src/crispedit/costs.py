@@ -1,0 +1,318 @@
+"""What an edit costs, counted from the shapes of a model: floating-point operations and bytes, no tensor touched.
+
+A multiplication and an addition are two flops. Counted are matrix products: the linear maps of the decoder blocks, read
+off their modules, so that grouped queries, gated and plain MLPs need no case of their own; attention's scores and the
+sums that they weigh, over whole rows, as kernels without a causal shortcut compute them; the head. Left out are norms,
+activation functions, rotary embeddings and padding, a few flops per number, and what a kernel recomputes in its
+backward pass. (What is computed in a step, and why: CrispEdit, arXiv 2602.15823, Algorithm 1; the counts of section 6
+of the project's design, 4.3 TFLOP for a projection of LLaMA-3-8B's matrices and 7.5 for a forward pass of 500 tokens,
+come out of these functions.)
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
+from .moments import Kind, sketch_rank
+from .rows import EditRow
+
+Shape = tuple[int, int]
+"""(d_out, d_in) of a matrix."""
+
+EIGH = 9
+"""Flops of a full diagonalisation of an n × n matrix, times n³: reduction to tridiagonal form 4/3, divide and conquer
+4/3 to 4, the eigenvectors back again 2, in a mix of fast and slow products (Golub & Van Loan, section 8.3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCosts:
+    """One decoder block.
+
+    Args:
+        linear: Flops per token of all its linear maps, forward.
+        mlp: Of those, the MLP's.
+        attention: Flops per token and key of its row: scores, and the weighted sum of the values.
+        kept: Numbers per token that autograd keeps in the model's dtype: what maps give, and what attention and the
+            MLP's activation make of it.
+        kept_float32: Numbers per token that it keeps in float32: the norms' inputs.
+    """
+
+    linear: int
+    mlp: int
+    attention: int
+    kept: int
+    kept_float32: int
+
+    def kept_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes per token that autograd keeps, roughly."""
+        return self.kept * dtype.itemsize + 4 * self.kept_float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """Flops of a pass over a batch and of what is done with its gradients.
+
+    Args:
+        forward: Of the forward pass.
+        backward: Of the backward pass: gradients of activations, and of the edited matrices where they are asked for.
+        update: Of the update rule; of a pass over texts, of the sums of both factors.
+    """
+
+    forward: int
+    backward: int
+    update: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.forward + self.backward + self.update
+
+
+def _linear_maps(module: nn.Module) -> list[tuple[nn.Module, Shape]]:
+    """The linear maps in a module, as (d_out, d_in)."""
+    found: list[tuple[nn.Module, Shape]] = []
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            found.append((part, (part.out_features, part.in_features)))
+        elif isinstance(part, Conv1D):
+            rows, columns = part.weight.shape
+            found.append((part, (columns, rows)))
+    return found
+
+
+def _flops(maps: Iterable[tuple[nn.Module, Shape]]) -> int:
+    return sum(2 * d_out * d_in for _, (d_out, d_in) in maps)
+
+
+def attention_width(model: Any) -> int:
+    """Heads times the width of a head."""
+    config = text_config(model)
+    heads = int(config.num_attention_heads)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def cached_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes per token of the keys and values that are kept while an answer is generated."""
+    config = text_config(model)
+    heads = int(config.num_attention_heads)
+    width = attention_width(model) * int(getattr(config, "num_key_value_heads", None) or heads) // heads
+    return 2 * width * int(config.num_hidden_layers) * dtype.itemsize
+
+
+def block_costs(model: Any) -> tuple[BlockCosts, ...]:
+    """What every decoder block costs.
+
+    Args:
+        model: A dense causal LM, on any device; ``meta`` will do.
+
+    Returns:
+        One for each block, in order.
+    """
+    _, blocks = decoder_blocks(model)
+    width = attention_width(model)
+    found = []
+    for matrix, block in zip(edit_matrices(model, range(len(blocks))), blocks, strict=True):
+        maps = _linear_maps(block)
+        # the MLP is the module that holds the down-projection; without one of its own, the maps from and to its width
+        holder = next(m for m in block.modules() if any(child is matrix.module for child in m.children()))
+        mlp = _linear_maps(holder) if holder is not block else maps[-2:]
+        norms = sum(p.numel() for m in block.modules() if (p := getattr(m, "weight", None)) is not None and p.ndim == 1)
+        found.append(
+            BlockCosts(
+                linear=_flops(maps),
+                mlp=_flops(mlp),
+                attention=4 * width,
+                kept=sum(d_out for _, (d_out, _) in maps) + matrix.shape[1] + width,
+                kept_float32=norms,
+            )
+        )
+    return tuple(found)
+
+
+def vocabulary(model: Any) -> int:
+    """How many logits the head gives."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def head_flops(model: Any) -> int:
+    """Flops of the logits of one position."""
+    return int(2 * model.get_output_embeddings().weight.numel())
+
+
+def weight_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of the parameters in a dtype; what is tied counts once."""
+    return int(sum(p.numel() for p in model.parameters()) * dtype.itemsize)
+
+
+def _totals(rows: Sequence[EditRow]) -> tuple[int, int, int]:
+    """Tokens, target tokens, and the sum of the squared lengths."""
+    lengths = [len(row.ids) for row in rows]
+    return sum(lengths), sum(len(row.ids) - row.prompt_length for row in rows), sum(n * n for n in lengths)
+
+
+def step_flops(
+    model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow], *, replay: bool, rule_flops: int = 0
+) -> StepFlops:
+    """Flops of one edit step.
+
+    In full, as published code does it, everything from the embedding on is computed at every position, logits too;
+    gradients flow back to the first edited matrix. With replay, what lies before the first edited matrix has been
+    recorded: computed are that matrix, the blocks above its own, the MLP of the last block and the head at target
+    positions only. Backward, a linear map costs what it costs forward for the gradient of its input, and as much again
+    for that of an edited matrix; attention twice its forward pass.
+
+    Args:
+        model: A dense causal LM, on any device; ``meta`` will do.
+        matrices: What is edited, in ascending order of layers.
+        rows: The batch; padding is not counted.
+        replay: Whether what the edit cannot change is replayed.
+        rule_flops: Of the update rules of all matrices together (:func:`coordinate_flops`, ``Subspace.flops``).
+
+    Returns:
+        The counts.
+    """
+    blocks, first = block_costs(model), matrices[0].layer
+    tokens, targets, squares = _totals(rows)
+    wanted = targets if replay else tokens  # where logits are computed, and the MLP of the last block
+
+    def weight_gradient(matrix: EditMatrix) -> int:
+        d_out, d_in = matrix.shape
+        return 2 * d_out * d_in * (wanted if matrix.layer == len(blocks) - 1 else tokens)
+
+    above, attention = _above(blocks, first, tokens, wanted, squares)
+    head = head_flops(model) * wanted
+    backward = head + above + 2 * attention + sum(weight_gradient(matrix) for matrix in matrices)
+    if replay:
+        forward = weight_gradient(matrices[0]) + above + attention + head  # W a costs what its gradient costs
+    else:
+        forward = _forward(blocks, tokens, squares) + head
+    return StepFlops(forward=forward, backward=backward, update=rule_flops)
+
+
+def _forward(blocks: Sequence[BlockCosts], tokens: int, squares: int) -> int:
+    """Flops of blocks over rows."""
+    return sum(block.linear * tokens + block.attention * squares for block in blocks)
+
+
+def _above(blocks: Sequence[BlockCosts], first: int, tokens: int, wanted: int, squares: int) -> tuple[int, int]:
+    """Flops of the linear maps and of the attention in the blocks above one; the last MLP at the wanted positions."""
+    above = blocks[first + 1 :]
+    linear = sum(block.linear * tokens for block in above)
+    if above:
+        linear -= above[-1].mlp * (tokens - wanted)
+    return linear, sum(block.attention * squares for block in above)
+
+
+def recording_flops(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow]) -> int:
+    """Flops of what is computed once for the replay: everything up to the input of the first edited matrix."""
+    tokens, _, squares = _totals(rows)
+    d_out, d_in = matrices[0].shape
+    return _forward(block_costs(model)[: matrices[0].layer + 1], tokens, squares) - 2 * d_out * d_in * tokens
+
+
+def recorded_bytes(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow], dtype: torch.dtype) -> int:
+    """Bytes of what is kept for the replay: per token the first matrix's input, and the rest of its block's output."""
+    numbers = matrices[0].shape[1] + int(text_config(model).hidden_size)
+    return sum(len(row.ids) for row in rows) * numbers * dtype.itemsize
+
+
+def texts_flops(
+    model: Any, matrices: Sequence[EditMatrix], lengths: Sequence[int], *, kind: Kind | None = None
+) -> StepFlops:
+    """Flops of passes over texts: forward only, or with the backward pass and the sums of a curvature.
+
+    Args:
+        model: A dense causal LM, on any device; ``meta`` will do.
+        matrices: Whose factors are summed.
+        lengths: Tokens of every text.
+        kind: Of the factors; ``None`` for the forward pass alone.
+
+    Returns:
+        The counts; no gradient of a parameter is taken.
+    """
+    blocks, tokens, squares = block_costs(model), sum(lengths), sum(n * n for n in lengths)
+    head = head_flops(model) * tokens
+    forward = _forward(blocks, tokens, squares) + head
+    if kind is None:
+        return StepFlops(forward=forward, backward=0)
+    above, attention = _above(blocks, matrices[0].layer, tokens, tokens, squares)
+    sums = sum(_sum_flops(size, kind) for matrix in matrices for size in matrix.shape)
+    predicting = tokens - len(lengths)  # a text's last token predicts nothing
+    return StepFlops(forward=forward, backward=head + above + 2 * attention, update=predicting * sums)
+
+
+def _sum_flops(size: int, kind: Kind) -> int:
+    """Flops of adding one vector to a second moment."""
+    return 2 * size**2 if kind == "dense" else 4 * size * _columns(size, kind)
+
+
+def answer_flops(model: Any, prompts: Sequence[int], new_tokens: int) -> int:
+    """Flops of greedy answers with a cache of keys and values.
+
+    Args:
+        model: A dense causal LM, on any device; ``meta`` will do.
+        prompts: Tokens of every prompt.
+        new_tokens: Of every answer, at most.
+
+    Returns:
+        The count.
+    """
+    blocks = block_costs(model)
+    linear, attention = sum(block.linear for block in blocks), sum(block.attention for block in blocks)
+    total = 0
+    for length in prompts:
+        later = new_tokens - 1  # the prompt itself gives the first one
+        keys = length**2 + later * length + later * (later + 1) // 2
+        total += linear * (length + later) + attention * keys + head_flops(model) * new_tokens
+    return total
+
+
+def coordinate_flops(shape: Shape) -> int:
+    """Flops per step of training coordinates in the Kronecker eigenbasis: the gradient there, the change back."""
+    d_out, d_in = shape
+    return 4 * d_out * d_in * (d_out + d_in)
+
+
+def cross_flops(shape: Shape, rows: int, columns: int) -> int:
+    """Flops per step of projecting gradient and change off a cross of so many rows and columns."""
+    d_out, d_in = shape
+    return 8 * d_out * d_in * (rows + columns)
+
+
+def eigh_flops(size: int) -> int:
+    """Flops of the full diagonalisation of a factor."""
+    return EIGH * size**3
+
+
+def nystrom_flops(size: int, *, dense: bool) -> int:
+    """Flops of the leading eigenpairs of a factor by its sketch (:attr:`crispedit.moments.Sketch.eigenpairs`).
+
+    Args:
+        size: n.
+        dense: Whether the sketch must be made of a dense factor first.
+
+    Returns:
+        The count: five products of n × ℓ with ℓ × ℓ matrices, some of ℓ × ℓ, two diagonalisations.
+    """
+    rank = sketch_rank(size)
+    sketching = 2 * size**2 * rank if dense else 0
+    return sketching + 10 * size * rank**2 + 7 * rank**3 + 2 * eigh_flops(rank)
+
+
+def _columns(size: int, kind: Kind) -> int:
+    return size if kind == "dense" else min(size, sketch_rank(size))
+
+
+def factor_bytes(shapes: Sequence[Shape], kind: Kind) -> int:
+    """Bytes of the float32 factors A and G of matrices: n² numbers of a dense one, n ℓ of a sketch."""
+    return sum(4 * size * _columns(size, kind) for shape in shapes for size in shape)
+
+
+def spectrum_bytes(shapes: Sequence[Shape], kind: Kind) -> int:
+    """Bytes of the float32 eigenvectors and float64 eigenvalues of both factors of matrices."""
+    return factor_bytes(shapes, kind) + sum(8 * _columns(size, kind) for shape in shapes for size in shape)

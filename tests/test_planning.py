@@ -1,0 +1,209 @@
+"""Plans of edits: memory, time, what fits; from a skeleton on the meta device, for which no weight exists."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+import transformers
+
+from crispedit.errors import ConfigError
+from crispedit.planning import Settings, Workload, fit_memory, kind_that_fits, parse_memory, plan_edit
+from crispedit.rows import EditRow
+from crispedit.speed import Speed, measure_speed
+from families import FAMILIES, tiny_model
+
+GB = 10**9
+SPEED = Speed(
+    blocks=((32, 0.01, 0.02), (128, 0.02, 0.06)),
+    row=32,
+    head=1e9,
+    float32=1e9,
+    eigh=1e-9,
+    logit=1e-8,
+    adam=1e-9,
+    copied=1e9,
+)
+
+
+def llama(blocks: int = 8):
+    """A Llama of 1.2 billion parameters or so, without its weights."""
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=blocks, num_attention_heads=16, vocab_size=32000
+    )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+WORK = Workload(
+    model=llama(),
+    rows=[EditRow(tuple(range(20)), 15)] * 320,
+    prompts=[[15] * 64],
+    proof_rows=[EditRow(tuple(range(20)), 15)] * 64,
+    halves=[[[256] * 4] * 5] * 2,
+    held_out=[[256] * 4] * 2,
+    known=False,
+    stored_dtype=torch.float32,
+    epochs=10,
+)
+SETTINGS = Settings(layers=(3, 4, 5), dtype=torch.float32, batch_size=32, mapped=False, kind="dense")
+WEIGHTS = 4 * sum(p.numel() for p in WORK.model.parameters())
+
+
+def planned(memory: int = 1000 * GB, work: Workload = WORK, speed: Speed | None = None, **changes):
+    return plan_edit(work, dataclasses.replace(SETTINGS, **changes), memory, speed)
+
+
+def stages(plan) -> dict[str, int]:
+    return {stage.name: stage.num_bytes for stage in plan.stages}
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("24GB", 24 * GB), ("24 GB", 24 * GB), ("24GiB", 24 * 2**30), ("800MB", 800 * 10**6), ("1.5gb", 1500 * 10**6),
+        ("2TB", 2000 * GB), ("512kib", 2**19), ("7B", 7),
+    ],
+)  # fmt: skip
+def test_memory_is_read_with_its_unit(text, num_bytes):
+    assert parse_memory(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "24", "GB", "24XB", "-1GB", "0GB", "nanGB", "infGB", "1e400GB", "a lot", "24GBB"])
+def test_what_is_no_memory_is_refused(text):
+    with pytest.raises(ConfigError, match="it must look like 24GB"):
+        parse_memory(text)
+
+
+def test_stages_hold_what_they_must():
+    """Lower bounds by hand: weights; factors A and G in float32; the float64 matrix and vectors of the widest."""
+    found = stages(planned())
+    factors = 3 * 4 * (2048**2 + 8192**2)
+    entries = 3 * 2048 * 8192
+    assert found["load"] == WEIGHTS
+    assert found["curvature"] > WEIGHTS + factors
+    assert found["diagonalise"] > WEIGHTS + 2 * factors + 2 * 8 * 8192**2
+    assert found["edit"] > WEIGHTS + 2 * factors + 7 * 4 * entries  # two originals, Z, two gradients, two moments
+    assert found["save"] > 2 * WEIGHTS + 2 * factors
+    assert found["proof"] > WEIGHTS + 2 * factors
+
+
+def test_a_known_curvature_is_not_computed():
+    plan = planned(work=dataclasses.replace(WORK, halves=[], known=True))
+    assert [stage.name for stage in plan.stages] == ["load", "diagonalise", "edit", "proof", "save"]
+    assert plan.disk == {"edited model": WEIGHTS}
+
+
+def test_what_each_setting_saves():
+    whole = stages(planned())
+    assert stages(planned(batch_size=4))["edit"] < whole["edit"]
+    assert stages(planned(dtype=torch.bfloat16))["load"] < 0.6 * whole["load"] + WORK.model.lm_head.weight.numel() * 4
+    assert stages(planned(kind="sketch"))["diagonalise"] < whole["diagonalise"]
+    assert stages(planned(layers=(5,)))["edit"] < whole["edit"]
+    assert whole["save"] - stages(planned(save="delta"))["save"] == WEIGHTS  # the second model
+    assert planned(save="delta").disk["change"] == 4 * 3 * 2048 * 8192
+    recorded = 320 * 20 * (8192 + 2048) * 4
+    assert whole["edit"] - stages(planned(mapped=True))["edit"] == recorded
+    assert planned(mapped=True).disk["recorded states, temporary"] == recorded
+
+
+def test_recorded_states_go_to_a_file_beyond_a_quarter_of_what_is_free():
+    fixed = WEIGHTS + 2 * 3 * 4 * (2048**2 + 8192**2) + 8 * 3 * (2048 + 8192)  # weights, factors, spectra
+    recorded = 320 * 20 * (8192 + 2048) * 4
+    assert not planned(fixed + 4 * recorded + 1).settings.mapped
+    assert planned(fixed + 4 * recorded - 4).settings.mapped
+
+
+def test_seconds_come_from_flops_and_speed():
+    assert planned().seconds is None
+    plan = planned(speed=SPEED)
+    assert plan.seconds == sum(stage.seconds for stage in plan.stages)
+    fast = dataclasses.replace(SPEED, eigh=SPEED.eigh / 10)
+    before, after = ({s.name: s.seconds for s in planned(speed=speed).stages} for speed in (SPEED, fast))
+    assert before["diagonalise"] == pytest.approx(3 * (2048**3 + 8192**3) * 1e-9)  # six factors at n³ ns
+    assert after["diagonalise"] == pytest.approx(before["diagonalise"] / 10)
+    assert after["edit"] == before["edit"]
+
+
+def test_a_speed_lies_between_its_points():
+    assert SPEED.forward(1) == 0.01
+    assert SPEED.forward(80) == pytest.approx(0.015)
+    assert SPEED.backward(256) == pytest.approx(0.12)  # beyond what was measured, in proportion
+
+
+def test_more_epochs_take_more_steps_and_more_time():
+    twice = planned(work=dataclasses.replace(WORK, epochs=20), speed=SPEED)
+    once = planned(speed=SPEED)
+    assert (once.steps, twice.steps) == (100, 200)
+    seconds = [next(s.seconds for s in plan.stages if s.name == "edit") for plan in (once, twice)]
+    assert 1.8 < seconds[1] / seconds[0] <= 2  # what is recorded is recorded once
+
+
+def test_what_fits_is_said_to_fit():
+    peak = planned().peak.num_bytes
+    assert fit_memory(WORK, SETTINGS, 2 * peak) == dataclasses.replace(
+        fit_memory(WORK, SETTINGS, 3 * peak), memory=2 * peak
+    )
+    found = fit_memory(WORK, SETTINGS, 2 * peak)
+    assert (found.fits, found.changes, found.num_bytes) == (True, [], peak)
+
+
+def test_the_cheapest_change_that_fits_is_named():
+    """Ever less memory: rounding before sketches, sketches before fewer layers; each one fits, by its own plan."""
+    low = fit_memory(WORK, SETTINGS, int(1.0 * GB))
+    assert not low.possible
+    assert "--layers 5" in low.changes
+    seen = []
+    for memory in range(int(planned().peak.num_bytes), low.num_bytes, -GB // 4):
+        found = fit_memory(WORK, SETTINGS, memory)
+        assert found.possible
+        assert found.num_bytes <= memory
+        if found.changes not in seen:
+            seen.append(found.changes)
+    assert seen[0] == []
+    order = [
+        [("bfloat16" in said), ("sketch" in said), ("--layers" in said)] for said in (" ".join(one) for one in seen)
+    ]
+    assert order == sorted(order)
+    assert [True, False, False] in order
+    assert [True, True, False] in order
+
+
+def test_what_can_not_be_made_smaller_does_not_fit():
+    least = Settings(layers=(5,), dtype=torch.bfloat16, batch_size=1, mapped=True, kind="sketch", save="delta")
+    found = fit_memory(WORK, least, GB)
+    assert (found.fits, found.possible, found.changes) == (False, False, [])
+
+
+def test_a_known_curvature_is_not_sketched_to_fit():
+    work = dataclasses.replace(WORK, halves=[], known=True)
+    assert not any("sketch" in change for change in fit_memory(work, SETTINGS, GB).changes)
+
+
+def test_the_kind_of_factors_is_the_one_that_an_edit_would_choose():
+    dense = 3 * 4 * (2048**2 + 8192**2) + 24 * 8192**2  # no more than half of what the weights leave
+    assert kind_that_fits(WORK, SETTINGS.layers, torch.float32, WEIGHTS + 2 * dense) == "dense"
+    assert kind_that_fits(WORK, SETTINGS.layers, torch.float32, WEIGHTS + 2 * dense - 2) == "sketch"
+
+
+def test_a_plan_is_made_of_json():
+    record = planned(speed=SPEED).record()
+    assert record["peak_bytes"] == max(stage["bytes"] for stage in record["stages"].values())
+    assert record["settings"] == {
+        "layers": (3, 4, 5), "dtype": "float32", "batch_size": 32, "mapped": False, "save": "model", "factors": "dense",
+    }  # fmt: skip
+    assert record["step_flops"]["total"] * record["steps"] == pytest.approx(record["stages"]["edit"]["flops"], rel=0.2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_measured_by_one_block(name):
+    config = tiny_model(name).config
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    started = time.monotonic()
+    speed = measure_speed(model, device=torch.device("cpu"), layer=3, sizes=[32, 48])
+    assert time.monotonic() - started < 20  # two seconds on a machine with nothing else to do
+    assert len(speed.blocks) > 1
+    assert all(forward > 0 and backward > 0 for _, forward, backward in speed.blocks)
+    assert min(speed.head, speed.float32, speed.eigh, speed.logit, speed.adam, speed.copied) > 0
+    assert all(parameter.is_meta for parameter in model.parameters()), "the model itself is not touched"
