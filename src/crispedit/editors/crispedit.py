@@ -1,7 +1,8 @@
 """CrispEdit, batch: fine-tuning in the low-curvature subspace of the capability loss.
 
 Paper: arXiv 2602.15823, Algorithm 1. Every edited matrix is W = W₀ + U_G (M ⊙ Z) U_Aᵀ, and Adam trains
-the coordinates Z, so that the applied update never leaves the subspace. With ``energy`` 0 there is no
+the coordinates Z, so that the applied update never leaves the subspace; what is too wide for that goes by another
+rule that does not leave it either. With ``energy`` 0 there is no
 subspace to keep to, and this is plain fine-tuning: Adam on W itself.
 """
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from ..curvature import Constraint
 from ..errors import ConfigError
+from ..rotation import rotated
 from ..training import STOP_LOSS, fine_tune, rows_per_step
 from ..updates import Unconstrained, Update, UpdateRule, update_rule
 from .base import EditorConfig, EditProblem, Round
@@ -27,8 +29,8 @@ class Config(EditorConfig):
         batch_size: Edits per step, at most, and never more than an eighth of the edits.
         stop_loss: The mean loss of an epoch that ends the edit.
         constraint: Which directions are left out; see :meth:`crispedit.curvature.Curvature.subspace`.
-        update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` trains
-            coordinates where all eigenvectors are known, else projects.
+        update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` is the best
+            rule that is known to cost little, by counting (:func:`crispedit.updates.chosen_update`).
     """
 
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -63,16 +65,17 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         else:
             subspace = problem.curvature.subspace(matrix.name, config.energy, config.constraint)
             rules.append(update_rule(config.update, subspace.to(device)))
-    trace = fine_tune(
-        problem.model,
-        problem.matrices,
-        rules,
-        problem.rows,
-        lr=config.lr,
-        epochs=config.epochs,
-        batch_size=rows_per_step(len(problem.rows), config.batch_size),
-        seed=problem.seed,
-        stop_loss=config.stop_loss,
-        progress=problem.progress,
-    )
+    with rotated(problem.matrices, [rule.frame for rule in rules]):
+        trace = fine_tune(
+            problem.model,
+            problem.matrices,
+            rules,
+            problem.rows,
+            lr=config.lr,
+            epochs=config.epochs,
+            batch_size=rows_per_step(len(problem.rows), config.batch_size),
+            seed=problem.seed,
+            stop_loss=config.stop_loss,
+            progress=problem.progress,
+        )
     yield Round(num_edits=len(problem.rows), trace=trace)
