@@ -25,7 +25,7 @@ AFFORDABLE = 1.25
 """A rule may cost so many times what its matrix costs in such a step, forward and back: 6 d_out d_in flops a token.
 An edited matrix is at most a fifth of what a step runs through, so that this is a quarter of the step."""
 ROTATION = 0.5
-"""The bases of :class:`LeadingCoordinates` may cost this, in the same unit: a tenth of the step."""
+"""The bases of ``leading`` may cost this, in the same unit: a tenth of the step."""
 
 
 class UpdateRule(Protocol):
@@ -37,7 +37,10 @@ class UpdateRule(Protocol):
     """The bases in which W is to be seen meanwhile (:func:`crispedit.rotation.rotated`); gradient and delta too."""
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """The gradient in :attr:`parameter` of a loss with gradient ``weight_gradient`` (d_out, d_in) in W."""
+        """The gradient in :attr:`parameter` of a loss with gradient ``weight_gradient`` (d_out, d_in) in W.
+
+        What it is given may be overwritten.
+        """
 
     def delta(self) -> Tensor:
         """The change of W that the parameter stands for, (d_out, d_in) float32."""
@@ -87,41 +90,47 @@ class LeadingCoordinates:
 
     Args:
         subspace: A cross.
+        rotation: What the bases may cost: see :func:`leading_counts`.
 
     Raises:
         ConfigError: The subspace is not a cross.
     """
 
-    def __init__(self, subspace: Subspace) -> None:
+    def __init__(self, subspace: Subspace, rotation: float = ROTATION) -> None:
         if subspace.threshold.cross is None:
             raise ConfigError("update leading leaves out whole rows and columns: use constraint cross")
         self.rows, self.columns = subspace.threshold.cross
-        spectrum, (r, c) = subspace.spectrum, leading_counts(subspace)
-        self.frame: Frame | None = Frame(
-            leading_basis(spectrum.output_basis[:, :r]), leading_basis(spectrum.input_basis[:, :c])
-        )
-        self.parameter = torch.zeros(subspace.shape, device=spectrum.input_basis.device)
+        r, c = leading_counts(subspace, rotation)
+        inputs, outputs = subspace.spectrum.leading_vectors()
+        self.frame: Frame | None = Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
+        self.parameter = torch.zeros(subspace.shape, device=inputs.device)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """M ⊙ ∇W', W' being W in the bases."""
-        masked = weight_gradient.clone()
-        masked[: self.rows] = 0
-        masked[:, : self.columns] = 0
-        return masked
+        """M ⊙ ∇W', W' being W in the bases, where ∇W' was: another copy would cost as much as the bases of G."""
+        weight_gradient[: self.rows] = 0
+        weight_gradient[:, : self.columns] = 0
+        return weight_gradient
 
     def delta(self) -> Tensor:
         """Z, zero where its gradient always is: the change of W'."""
         return self.parameter
 
 
-def leading_counts(subspace: Subspace) -> tuple[int, int]:
-    """How many leading eigenvectors of G and of A a frame begins with, for :data:`ROTATION`; no fewer than the cross.
+def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int, int]:
+    """How many leading eigenvectors of G and of A the bases of ``leading`` begin with.
 
     The whole basis of G where that can be had: on real factors its spectrum is flat, and no few directions stand out.
+
+    Args:
+        subspace: A cross.
+        rotation: What turning a token may cost, in parts of the 6 d_out d_in flops that it costs in W itself.
+
+    Returns:
+        The counts, no fewer than the cross takes whatever that costs, and no more than are known.
     """
     (r, c), (d_out, d_in) = subspace.threshold.cross or (0, 0), subspace.shape
-    known_of_G, known_of_A = len(subspace.spectrum.beta), len(subspace.spectrum.alpha)
-    left = ROTATION * 6 * d_out * d_in
+    known_of_A, known_of_G = subspace.spectrum.num_vectors
+    left = rotation * 6 * d_out * d_in
     if known_of_G == d_out and 4 * d_out**2 + 8 * d_in * c <= left:
         r = d_out
     left -= min(8 * r * d_out, 4 * d_out**2)
@@ -199,31 +208,33 @@ _RULES: dict[str, Callable[[Subspace], UpdateRule]] = {
 assert tuple(_RULES) == get_args(Update)
 
 
-def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS) -> int:
+def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS, rotation: float = ROTATION) -> int:
     """What a rule adds to a step of plain fine-tuning, Adam aside.
 
     Args:
         update: Its name.
         subspace: Of the matrix.
         tokens: Of the step.
+        rotation: See :func:`leading_counts`.
 
     Returns:
         Flops, a multiplication and an addition counted apart.
     """
     d_out, d_in = subspace.shape
     if update == "leading":
-        counts = zip(leading_counts(subspace), subspace.shape, strict=True)
+        counts = zip(leading_counts(subspace, rotation), subspace.shape, strict=True)
         return tokens * sum(min(8 * n * k, 4 * n * n) for k, n in counts)
     if update in ("coordinates", "filter"):
         return 4 * d_out * d_in * (d_out + d_in)
     return subspace.flops * (2 if update == "projected" else 1)
 
 
-def chosen_update(subspace: Subspace) -> Update:
+def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
     """The best rule that a matrix can pay for, by counting; of quality and price: docs/decisions.md.
 
     Args:
         subspace: Of the matrix.
+        rotation: See :func:`leading_counts`.
 
     Returns:
         The first of ``coordinates``, ``leading``, ``projected`` and ``update-projected`` that the subspace allows and
@@ -235,16 +246,17 @@ def chosen_update(subspace: Subspace) -> Update:
     if subspace.spectrum.complete:
         possible.insert(0, "coordinates")
     most = AFFORDABLE * 6 * subspace.shape[0] * subspace.shape[1] * TOKENS
-    cheap = [update for update in possible if step_flops(update, subspace) <= most]
-    return cheap[0] if cheap else min(possible, key=lambda update: step_flops(update, subspace))
+    cheap = [update for update in possible if step_flops(update, subspace, rotation=rotation) <= most]
+    return cheap[0] if cheap else min(possible, key=lambda update: step_flops(update, subspace, rotation=rotation))
 
 
-def update_rule(update: Update | Literal["auto"], subspace: Subspace) -> UpdateRule:
+def update_rule(update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION) -> UpdateRule:
     """The rule of a name for one matrix.
 
     Args:
         update: Its name; ``auto`` is :func:`chosen_update`.
         subspace: Of the matrix, on the device of its weight.
+        rotation: See :func:`leading_counts`.
 
     Returns:
         The rule, its parameter at zero.
@@ -253,9 +265,9 @@ def update_rule(update: Update | Literal["auto"], subspace: Subspace) -> UpdateR
         ConfigError: The rule needs all eigenvectors, and the spectrum has only leading ones; or it needs a cross.
     """
     if update == "auto":
-        update = chosen_update(subspace)
+        update = chosen_update(subspace, rotation)
     if update in ("coordinates", "filter") and not subspace.spectrum.complete:
         raise ConfigError(
             f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update leading"
         )
-    return _RULES[update](subspace)
+    return LeadingCoordinates(subspace, rotation) if update == "leading" else _RULES[update](subspace)

@@ -15,7 +15,7 @@ from ..curvature import Constraint
 from ..errors import ConfigError
 from ..rotation import rotated
 from ..training import STOP_LOSS, fine_tune, rows_per_step
-from ..updates import Unconstrained, Update, UpdateRule, update_rule
+from ..updates import ROTATION, Unconstrained, Update, UpdateRule, update_rule
 from .base import EditorConfig, EditProblem, Round
 
 
@@ -31,6 +31,7 @@ class Config(EditorConfig):
         constraint: Which directions are left out; see :meth:`crispedit.curvature.Curvature.subspace`.
         update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` is the best
             rule that is known to cost little, by counting (:func:`crispedit.updates.chosen_update`).
+        rotation: What the bases of update ``leading`` may cost; see :func:`crispedit.updates.leading_counts`.
     """
 
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -40,6 +41,7 @@ class Config(EditorConfig):
     stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
     constraint: Constraint | Literal["auto"] = "auto"
     update: Update | Literal["auto"] = "auto"
+    rotation: Annotated[float, Field(ge=0)] = ROTATION
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
@@ -64,7 +66,7 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
             raise ConfigError("an energy above 0 needs a curvature: give --curvature or --texts")
         else:
             subspace = problem.curvature.subspace(matrix.name, config.energy, config.constraint)
-            rules.append(update_rule(config.update, subspace.to(device)))
+            rules.append(update_rule(config.update, subspace.to(device), config.rotation))
     with rotated(problem.matrices, [rule.frame for rule in rules]):
         trace = fine_tune(
             problem.model,
