@@ -24,7 +24,9 @@ TOKENS = 512
 AFFORDABLE = 1.25
 """A rule may cost so many times what its matrix costs in such a step, forward and back: 6 d_out d_in flops a token.
 An edited matrix is at most a fifth of what a step runs through, so that this is a quarter of the step."""
-ROTATION = 0.5
+PIVOT = 2.2
+"""So many times as long as its flops at the speed of thick products does a projection by a pivot take: measured."""
+ROTATION = 0.4
 """The bases of ``leading`` may cost this, in the same unit: a tenth of the step."""
 
 
@@ -229,6 +231,11 @@ def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS, rotatio
     return subspace.flops * (2 if update == "projected" else 1)
 
 
+def coordinates_cost_little(shape: tuple[int, int]) -> bool:
+    """Whether a matrix (d_out, d_in) is so narrow that it may be turned whole, twice a step: see :data:`AFFORDABLE`."""
+    return 4 * sum(shape) <= AFFORDABLE * 6 * TOKENS
+
+
 def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
     """The best rule that a matrix can pay for, by counting; of quality and price: docs/decisions.md.
 
@@ -245,9 +252,13 @@ def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
         possible.insert(0, "leading")
     if subspace.spectrum.complete:
         possible.insert(0, "coordinates")
+
+    def cost(update: Update) -> float:
+        slow = PIVOT if subspace.form == "pivot" and "projected" in update else 1
+        return slow * step_flops(update, subspace, rotation=rotation)
+
     most = AFFORDABLE * 6 * subspace.shape[0] * subspace.shape[1] * TOKENS
-    cheap = [update for update in possible if step_flops(update, subspace, rotation=rotation) <= most]
-    return cheap[0] if cheap else min(possible, key=lambda update: step_flops(update, subspace, rotation=rotation))
+    return next((update for update in possible if cost(update) <= most), min(possible, key=cost))
 
 
 def update_rule(update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION) -> UpdateRule:
