@@ -122,6 +122,7 @@ def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int,
     """How many leading eigenvectors of G and of A the bases of ``leading`` begin with.
 
     The whole basis of G where that can be had: on real factors its spectrum is flat, and no few directions stand out.
+    What is left goes to A, of which the cross takes most.
 
     Args:
         subspace: A cross.
@@ -133,7 +134,7 @@ def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int,
     (r, c), (d_out, d_in) = subspace.threshold.cross or (0, 0), subspace.shape
     known_of_A, known_of_G = subspace.spectrum.num_vectors
     left = rotation * 6 * d_out * d_in
-    if known_of_G == d_out and 4 * d_out**2 + 8 * d_in * c <= left:
+    if known_of_G == d_out and 4 * d_out**2 <= left:
         r = d_out
     left -= min(8 * r * d_out, 4 * d_out**2)
     if known_of_A == d_in and 4 * d_in**2 <= left:
