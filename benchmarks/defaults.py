@@ -152,8 +152,12 @@ def curvature_study() -> list[dict[str, Any]]:
         *cases((0.9,), settings={"update": "projected"}),
         *cases((0.8, 0.9), settings={"update": "filter"}),
         *cases((0.9,), settings={"constraint": "ekfac", "update": "filter"}),
-        *cases((0.9,), settings={"constraint": "cross", "update": "projected"}),
-        *cases((0.9,), factors="sketch"),
+        *cases((0.9,), settings={"update": "update-projected"}),
+        *cases((0.9,), settings={"constraint": "cross", "update": "update-projected"}),
+        *cases((0.8, 0.9), settings={"constraint": "cross", "update": "projected"}),
+        *cases((0.8, 0.9), settings={"constraint": "cross", "update": "leading", "rotation": 1.3}),
+        *cases((0.9,), factors="sketch", settings={"update": "projected"}),
+        *cases((0.9,), factors="sketch", settings={"update": "leading", "rotation": 1.3}),
     ]
     return [
         *cases((0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)),
@@ -178,7 +182,7 @@ def table(path: Path) -> None:
     for rows in groups.values():
         r = rows[0]
         shown = {name: r.get(name) for name in names if name != "energy" and r.get(name) != CASE[name]}
-        other = ", ".join(f"{v}" if isinstance(v, str) else " ".join(v.values()) for v in shown.values() if v)
+        other = ", ".join(f"{v}" if isinstance(v, str) else " ".join(map(str, v.values())) for v in shown.values() if v)
         mean = {n: statistics.mean(row[n] for row in rows) for n in ("reliability", "generalization", "locality")}
         drifts = [row["drift"] for row in rows]
         spread = f" ± {statistics.stdev(drifts):.4f}" if len(drifts) > 1 else ""

@@ -340,3 +340,12 @@ def test_the_largest_energy_yet_widens_a_cross_and_a_smaller_one_does_not(monkey
     nothing = curvature_of({"w": factors})
     assert nothing.subspace("w", 0.0, "cross").threshold.num_high == 0
     assert merge([nothing]).subspace("w", 0.9, "cross").threshold.captured >= 0.9 - 1e-6
+
+
+def test_of_wide_matrices_auto_protects_a_cross_of_leading_eigenvectors(curvature, monkeypatch):
+    """Wide is where coordinates cost too much: crispedit.updates, by counting."""
+    name = next(iter(curvature.factors))
+    assert curvature.subspace(name, 0.5).form != "cross"
+    monkeypatch.setattr("crispedit.updates.TOKENS", 1)
+    assert curvature.subspace(name, 0.5).form == "cross"
+    assert curvature.subspace(name, 0.5, "staircase").form != "cross"

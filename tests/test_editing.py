@@ -62,6 +62,16 @@ def test_mixed_precision_does_not_move_the_quality_of_an_edit():
     assert one["capability"]["drift"] == pytest.approx(other["capability"]["drift"], rel=0.1)
 
 
+@pytest.mark.parametrize("update", ["leading", "update-projected"])
+def test_other_rules_keep_the_update_in_a_cross_too(update):
+    """Of a model and an edit as a whole; 1e-5 as for coordinates. Nothing of the other bases is left in the model."""
+    loaded = load_model("bundled")
+    result = edit(loaded.model, loaded.tokenizer, ROWS, texts=TEXTS, constraint="cross", update=update)
+    assert result.metrics["after"]["reliability"] == 100
+    assert all(change["outside"] < 1e-5 for change in result.metrics["matrices"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
 def test_what_is_saved_is_an_ordinary_model_that_answers_the_same(result, tmp_path):
     directory = result.save(tmp_path / "out")
     names = {path.name for path in directory.iterdir()}

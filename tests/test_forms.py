@@ -12,6 +12,7 @@ from crispedit.errors import ConfigError
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.threshold import cross_threshold, energy_threshold
+from crispedit.updates import LeadingCoordinates
 from reference import project_by_equation_6, random_factor, relative
 
 ENERGIES = [0.0, 0.1, 0.5, 0.8, 0.95, 0.999]
@@ -170,6 +171,26 @@ def test_the_cross_is_known_from_the_top_alone(name, energy):
     r, c = Subspace.of(top, energy).threshold.cross
     assert len(top.alpha) <= c + 1  # no more is held than the cross and the pair beyond it
     assert len(top.beta) <= r + 1
+
+
+@pytest.mark.usefixtures("partial")
+def test_what_a_search_leaves_over_follows_the_eigenvectors():
+    """Orthonormal to them and to each other, 1e-5 in float32; and nearly what holds most of the rest."""
+    A, G = factors(120, 300, p=1.2)
+    top = Spectrum.for_cross(A, G, 0.8)
+    inputs, outputs = top.leading_vectors()
+    assert top.num_vectors == (inputs.shape[1], outputs.shape[1])
+    assert inputs.shape[1] > len(top.alpha)
+    assert torch.equal(inputs[:, : len(top.alpha)], top.input_basis)
+    assert (inputs.T @ inputs - torch.eye(inputs.shape[1])).norm() < 1e-5
+    k = len(top.alpha) + 4
+    held = float(((A @ inputs[:, :k].double()) * inputs[:, :k]).sum())
+    assert held >= 0.99 * float(torch.linalg.eigvalsh(A).flip(0)[:k].sum())
+    rule = LeadingCoordinates(Subspace.of(top, 0.8), rotation=0.4)
+    assert rule.frame.inputs.V.shape[1] > top.known_cross(0.8).cross[1]
+    Z = rule.gradient(torch.randn(120, 300))
+    assert Subspace.of(top, 0.8).share_outside(rule.frame.matrix(Z)) < 1e-5
+    assert top.leading(5, 5).num_vectors == (5, 5)
 
 
 @pytest.mark.usefixtures("partial")

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
     "_version errors artifacts progress bundled edits models texts threshold eigen moments spectrum subspace "
-    "updates factors description halves curvature cache rows costs speed forward replay training editors generation "
-    "judge wild capability checkpoint proof editing evaluation planning jobs demo plot console cli"
+    "completion rotation updates factors description halves curvature cache rows costs speed forward replay training "
+    "editors generation judge wild capability checkpoint proof editing evaluation planning jobs demo plot console cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

@@ -44,6 +44,7 @@ from .spectrum import Spectrum
 from .subspace import Subspace
 from .texts import CapabilityTexts, split_texts, text_batches
 from .threshold import check_energy
+from .updates import coordinates_cost_little
 
 Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
 FORMAT = 2
@@ -176,7 +177,9 @@ class Curvature:
             energy: γ in [0, 1).
             constraint: What is left out: the pairs of largest curvature (``staircase``), a ``cross`` of the same
                 energy, the pairs of largest measured curvature (``ekfac``), or directions of the inputs alone
-                (``inputs``, G = I: Adam-NSCL). ``auto`` is ``staircase``, or ``cross`` of sketched factors.
+                (``inputs``, G = I: Adam-NSCL). ``auto`` is ``staircase``; or ``cross`` of sketched factors, and of
+                matrices so wide that coordinates in the whole eigenbasis would cost too much
+                (:func:`crispedit.updates.coordinates_cost_little`).
 
         Returns:
             The subspace, in the cheapest exact form.
@@ -186,7 +189,9 @@ class Curvature:
         """
         check_choice("constraint", constraint, ("auto", *get_args(Constraint)))
         if constraint == "auto":
-            constraint = "staircase" if self.factors[name].dense else "cross"
+            dense = self.factors[name].dense
+            narrow = dense is not None and coordinates_cost_little((len(dense[1]), len(dense[0])))
+            constraint = "staircase" if narrow else "cross"
         key = (name, energy, constraint)
         if key not in self._subspaces:
             self._subspaces[key] = self._subspace(*key)

@@ -253,6 +253,15 @@ class TopSolver:
             trace=self.trace,
         )
 
+    def following(self, count: int) -> Tensor:
+        """(n, j) orthonormal columns: Ritz vectors after the first ``count``, not converged, that the search left over.
+
+        What they are good for is a basis that begins with what probably matters.
+        """
+        if self._full is not None or not self._m:
+            return self.matrix.new_empty(len(self.matrix), 0)
+        return self._V[: self._m].T @ self._S[:, min(count, self._known) :]
+
     def _bounds(self) -> Tensor:
         """What the first eigenvalues are at most: those known; then value and residual of pairs nearly found.
 

@@ -24,6 +24,8 @@ class Spectrum:
         traces: tr(A) and tr(G).
         residuals: ‖A v − α v‖, (k_A,), and ‖G v − β v‖, (k_G,), float64; see :class:`crispedit.eigen.Eigenpairs`.
         beyond: What the eigenvalues of A and of G that follow are at most, where more is known than the traces say.
+        following: (d_in, j_A) and (d_out, j_G), float32: vectors orthonormal to the bases and to each other that are
+            near the eigenvectors that follow, but are not known to be; where a search has left some over.
     """
 
     alpha: Tensor
@@ -33,6 +35,7 @@ class Spectrum:
     traces: tuple[float, float]
     residuals: tuple[Tensor, Tensor]
     beyond: tuple[Tensor | None, Tensor | None] = (None, None)
+    following: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @classmethod
     def of(cls, A: Tensor, G: Tensor) -> "Spectrum":
@@ -76,7 +79,9 @@ class Spectrum:
             r, c = cross_threshold(inputs.at_most(), outputs.at_most(), energy).cross or (0, 0)
             wanted = [(solver, count) for solver, count in ((outputs, r), (inputs, c)) if not solver.settled(count)]
             if not wanted:
-                return cls.of_pairs(inputs.pairs(c + 1), outputs.pairs(r + 1))
+                found = cls.of_pairs(inputs.pairs(c + 1), outputs.pairs(r + 1))
+                following = (inputs.following(len(found.alpha)).float(), outputs.following(len(found.beta)).float())
+                return replace(found, following=following)
             for solver, count in wanted:
                 solver.search(count)
 
@@ -120,6 +125,7 @@ class Spectrum:
             output_basis=self.output_basis[:, :rows],
             residuals=(self.residuals[0][:columns], self.residuals[1][:rows]),
             beyond=(None, None),
+            following=(None, None),
         )
 
     def of_inputs(self) -> "Spectrum":
@@ -133,6 +139,7 @@ class Spectrum:
             traces=(self.traces[0], float(d_out)),
             residuals=(self.residuals[0], torch.zeros_like(ones)),
             beyond=(None, None),
+            following=(self.following[0], None),
         )
 
     @property
@@ -185,7 +192,27 @@ class Spectrum:
 
     def to(self, device: torch.device) -> "Spectrum":
         """The spectrum with its bases on another device; the eigenvalues stay where they are."""
-        return replace(self, input_basis=self.input_basis.to(device), output_basis=self.output_basis.to(device))
+        inputs, outputs = (None if vectors is None else vectors.to(device) for vectors in self.following)
+        return replace(
+            self,
+            input_basis=self.input_basis.to(device),
+            output_basis=self.output_basis.to(device),
+            following=(inputs, outputs),
+        )
+
+    @property
+    def num_vectors(self) -> tuple[int, int]:
+        """How many :meth:`leading_vectors` of A and of G there are."""
+        j_A, j_G = (0 if following is None else following.shape[1] for following in self.following)
+        return len(self.alpha) + j_A, len(self.beta) + j_G
+
+    def leading_vectors(self) -> tuple[Tensor, Tensor]:
+        """(d_in, k) and (d_out, k'): all vectors there are, the eigenvectors first; orthonormal columns."""
+        inputs, outputs = (
+            basis if following is None else torch.cat([basis, following], 1)
+            for basis, following in zip((self.input_basis, self.output_basis), self.following, strict=True)
+        )
+        return inputs, outputs
 
     @classmethod
     def of_pairs(cls, inputs: Eigenpairs, outputs: Eigenpairs) -> "Spectrum":

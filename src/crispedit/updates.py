@@ -1,20 +1,33 @@
 """Update rules: how the gradient of a loss in W becomes a change of W.
 
 The *applied* change must lie in the low-curvature subspace, not only the gradient: Adam rescales element by
-element, and a projected gradient that it has rescaled is no longer in the subspace. :class:`Coordinates` and
-:class:`Projected` keep every change inside by construction, for any optimiser. :class:`ProjectedGradient` does
-not; it is what the published code does. Compared in docs/decisions.md. (CrispEdit, arXiv 2602.15823, Algorithm 1.)
+element, and a projected gradient that it has rescaled is no longer in the subspace. :class:`Coordinates`,
+:class:`LeadingCoordinates`, :class:`Projected` and :class:`UpdateProjected` keep every change inside by construction,
+for any optimiser. :class:`ProjectedGradient` does not; it is what the published code does. Compared, with what a step
+costs, in docs/decisions.md. (CrispEdit, arXiv 2602.15823, Algorithm 1.)
 """
 
+from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .rotation import Frame, leading_basis
 from .subspace import Subspace
 
-Update = Literal["coordinates", "filter", "projected", "projected-gradient"]
+Update = Literal["coordinates", "leading", "filter", "projected", "update-projected", "projected-gradient"]
+
+TOKENS = 512
+"""Of a step, where rules are chosen by what they cost."""
+AFFORDABLE = 1.25
+"""A rule may cost so many times what its matrix costs in such a step, forward and back: 6 d_out d_in flops a token.
+An edited matrix is at most a fifth of what a step runs through, so that this is a quarter of the step."""
+PIVOT = 2.2
+"""So many times as long as its flops at the speed of thick products does a projection by a pivot take: measured."""
+ROTATION = 0.4
+"""The bases of ``leading`` may cost this, in the same unit: a tenth of the step."""
 
 
 class UpdateRule(Protocol):
@@ -22,9 +35,14 @@ class UpdateRule(Protocol):
 
     parameter: Tensor
     """What Adam trains, float32."""
+    frame: Frame | None
+    """The bases in which W is to be seen meanwhile (:func:`crispedit.rotation.rotated`); gradient and delta too."""
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """The gradient in :attr:`parameter` of a loss with gradient ``weight_gradient`` (d_out, d_in) in W."""
+        """The gradient in :attr:`parameter` of a loss with gradient ``weight_gradient`` (d_out, d_in) in W.
+
+        What it is given may be overwritten.
+        """
 
     def delta(self) -> Tensor:
         """The change of W that the parameter stands for, (d_out, d_in) float32."""
@@ -32,6 +50,8 @@ class UpdateRule(Protocol):
 
 class Unconstrained:
     """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
+
+    frame: Frame | None = None
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.parameter = torch.zeros(shape, device=device)
@@ -48,6 +68,8 @@ class Unconstrained:
 class Coordinates:
     """W = W₀ + U_G (M ⊙ Z) U_Aᵀ, Adam on Z: its moments live in the Kronecker eigenbasis."""
 
+    frame: Frame | None = None
+
     def __init__(self, subspace: Subspace) -> None:
         self.subspace = subspace
         self.parameter = torch.zeros_like(subspace.mask)
@@ -61,12 +83,73 @@ class Coordinates:
         return self.subspace.from_coordinates(self.parameter)
 
 
+class LeadingCoordinates:
+    """W = W₀ + Q_G (M ⊙ Z) Q_Aᵀ off a cross, Adam on Z: coordinates in bases that begin with the leading eigenvectors.
+
+    What they are completed with is whatever is cheap (:mod:`crispedit.completion`): of an eigenvector that is not
+    masked it matters only that Adam gives it moments of its own, and it matters most for the largest. W itself is seen
+    in these bases while it is trained, so that gradients and updates need not be turned, but tokens only.
+
+    Args:
+        subspace: A cross.
+        rotation: What the bases may cost: see :func:`leading_counts`.
+
+    Raises:
+        ConfigError: The subspace is not a cross.
+    """
+
+    def __init__(self, subspace: Subspace, rotation: float = ROTATION) -> None:
+        if subspace.threshold.cross is None:
+            raise ConfigError("update leading leaves out whole rows and columns: use constraint cross")
+        self.rows, self.columns = subspace.threshold.cross
+        r, c = leading_counts(subspace, rotation)
+        inputs, outputs = subspace.spectrum.leading_vectors()
+        self.frame: Frame | None = Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
+        self.parameter = torch.zeros(subspace.shape, device=inputs.device)
+
+    def gradient(self, weight_gradient: Tensor) -> Tensor:
+        """M ⊙ ∇W', W' being W in the bases, where ∇W' was: another copy would cost as much as the bases of G."""
+        weight_gradient[: self.rows] = 0
+        weight_gradient[:, : self.columns] = 0
+        return weight_gradient
+
+    def delta(self) -> Tensor:
+        """Z, zero where its gradient always is: the change of W'."""
+        return self.parameter
+
+
+def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int, int]:
+    """How many leading eigenvectors of G and of A the bases of ``leading`` begin with.
+
+    The whole basis of G where that can be had: on real factors its spectrum is flat, and no few directions stand out.
+    What is left goes to A, of which the cross takes most.
+
+    Args:
+        subspace: A cross.
+        rotation: What turning a token may cost, in parts of the 6 d_out d_in flops that it costs in W itself.
+
+    Returns:
+        The counts, no fewer than the cross takes whatever that costs, and no more than are known.
+    """
+    (r, c), (d_out, d_in) = subspace.threshold.cross or (0, 0), subspace.shape
+    known_of_A, known_of_G = subspace.spectrum.num_vectors
+    left = rotation * 6 * d_out * d_in
+    if known_of_G == d_out and 4 * d_out**2 <= left:
+        r = d_out
+    left -= min(8 * r * d_out, 4 * d_out**2)
+    if known_of_A == d_in and 4 * d_in**2 <= left:
+        return r, d_in
+    return r, max(c, min(known_of_A, int(left / (8 * d_in))))
+
+
 class Filter:
     """W = W₀ + U_G (F ⊙ Z) U_Aᵀ with F_ij = μ / (λ_ij + μ), μ the threshold τ: a soft mask, Adam on Z.
 
     A step of Adam in Z shrunk by F minimises its linear model plus λ / 2μ times its square: the quadratically
     penalised form of the constraint. Nothing is left out, so the change does not lie in the subspace.
     """
+
+    frame: Frame | None = None
 
     def __init__(self, subspace: Subspace) -> None:
         self.subspace = subspace
@@ -86,6 +169,8 @@ class Filter:
 class Projected:
     """W = W₀ + P(D), Adam on D with the projected gradient; needs no coordinates, so the top of a spectrum will do."""
 
+    frame: Frame | None = None
+
     def __init__(self, subspace: Subspace) -> None:
         self.subspace = subspace
         self.parameter = torch.zeros(subspace.shape, device=subspace.spectrum.input_basis.device)
@@ -99,6 +184,14 @@ class Projected:
         return self.subspace.project(self.parameter)
 
 
+class UpdateProjected(Projected):
+    """W = W₀ + P(D), Adam on D with the gradient as it is: half the projections."""
+
+    def gradient(self, weight_gradient: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return weight_gradient
+
+
 class ProjectedGradient(Projected):
     """Adam on W with the projected gradient, its steps not projected: the published code. It leaves the subspace."""
 
@@ -107,32 +200,86 @@ class ProjectedGradient(Projected):
         return self.parameter
 
 
-_RULES: dict[str, type[Coordinates] | type[Filter] | type[Projected]] = {
+_RULES: dict[str, Callable[[Subspace], UpdateRule]] = {
     "coordinates": Coordinates,
+    "leading": LeadingCoordinates,
     "filter": Filter,
     "projected": Projected,
+    "update-projected": UpdateProjected,
     "projected-gradient": ProjectedGradient,
 }
 assert tuple(_RULES) == get_args(Update)
 
 
-def update_rule(update: Update | Literal["auto"], subspace: Subspace) -> UpdateRule:
+def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS, rotation: float = ROTATION) -> int:
+    """What a rule adds to a step of plain fine-tuning, Adam aside.
+
+    Args:
+        update: Its name.
+        subspace: Of the matrix.
+        tokens: Of the step.
+        rotation: See :func:`leading_counts`.
+
+    Returns:
+        Flops, a multiplication and an addition counted apart.
+    """
+    d_out, d_in = subspace.shape
+    if update == "leading":
+        counts = zip(leading_counts(subspace, rotation), subspace.shape, strict=True)
+        return tokens * sum(min(8 * n * k, 4 * n * n) for k, n in counts)
+    if update in ("coordinates", "filter"):
+        return 4 * d_out * d_in * (d_out + d_in)
+    return subspace.flops * (2 if update == "projected" else 1)
+
+
+def coordinates_cost_little(shape: tuple[int, int]) -> bool:
+    """Whether a matrix (d_out, d_in) is so narrow that it may be turned whole, twice a step: see :data:`AFFORDABLE`."""
+    return 4 * sum(shape) <= AFFORDABLE * 6 * TOKENS
+
+
+def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
+    """The best rule that a matrix can pay for, by counting; of quality and price: docs/decisions.md.
+
+    Args:
+        subspace: Of the matrix.
+        rotation: See :func:`leading_counts`.
+
+    Returns:
+        The first of ``coordinates``, ``leading``, ``projected`` and ``update-projected`` that the subspace allows and
+        that costs no more than :data:`AFFORDABLE`; or the cheapest of them.
+    """
+    possible: list[Update] = ["projected", "update-projected"]
+    if subspace.threshold.cross is not None:
+        possible.insert(0, "leading")
+    if subspace.spectrum.complete:
+        possible.insert(0, "coordinates")
+
+    def cost(update: Update) -> float:
+        slow = PIVOT if subspace.form == "pivot" and "projected" in update else 1
+        return slow * step_flops(update, subspace, rotation=rotation)
+
+    most = AFFORDABLE * 6 * subspace.shape[0] * subspace.shape[1] * TOKENS
+    return next((update for update in possible if cost(update) <= most), min(possible, key=cost))
+
+
+def update_rule(update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION) -> UpdateRule:
     """The rule of a name for one matrix.
 
     Args:
-        update: Its name; ``auto`` is ``coordinates`` where all eigenvectors are known, else ``projected``.
+        update: Its name; ``auto`` is :func:`chosen_update`.
         subspace: Of the matrix, on the device of its weight.
+        rotation: See :func:`leading_counts`.
 
     Returns:
         The rule, its parameter at zero.
 
     Raises:
-        ConfigError: The rule needs all eigenvectors, and the spectrum has only leading ones.
+        ConfigError: The rule needs all eigenvectors, and the spectrum has only leading ones; or it needs a cross.
     """
     if update == "auto":
-        update = "coordinates" if subspace.spectrum.complete else "projected"
+        update = chosen_update(subspace, rotation)
     if update in ("coordinates", "filter") and not subspace.spectrum.complete:
         raise ConfigError(
-            f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update projected"
+            f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update leading"
         )
-    return _RULES[update](subspace)
+    return LeadingCoordinates(subspace, rotation) if update == "leading" else _RULES[update](subspace)
