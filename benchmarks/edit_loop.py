@@ -2,7 +2,7 @@
 
     python benchmarks/edit_loop.py --json edit_loop.json
     python benchmarks/edit_loop.py --edits zsre_3k.json --repeats 1
-    python benchmarks/edit_loop.py --precision bfloat16 --variants published ft cross exact
+    python benchmarks/edit_loop.py --precision bfloat16 --variants published ft our-ft crispedit exact
 
 A Llama of 176 million random parameters (16 blocks, hidden 768, intermediate 3072, tied vocabulary of 32,000), blocks 9
 to 12 edited, synthetic curvature (random bases, 1/j spectra, γ 0.8), 512 edits of the bundled generator, batch 32, 5
@@ -12,15 +12,17 @@ Every run is a process of its own, so that its peak memory is its own; runs take
 The partners are written out here as the paper and the published code have them: ``ft`` runs the whole model forward on
 shuffled batches padded to their longest row, logits everywhere, and back as far as the first edited matrix, everything
 else frozen; ``published`` projects every gradient with both dense eigenbases (the paper's eq. 6), then takes torch's
-Adam step; ``lora`` is PEFT's, rank 8, on the same matrices. Ours run through crispedit's own loop: ``our-ft``
-(no constraint), ``cross`` and ``exact`` (the staircase), and other update rules for comparison.
+Adam step; ``lora`` is PEFT's, rank 8, on the same matrices. Ours run through crispedit's own loop: ``our-ft`` without
+constraint; ``crispedit``, what it does by itself with matrices of this width, leading coordinates off a cross;
+``exact``, what it does where the staircase is asked for, the update projected; and other rules for comparison.
 
-Keys: ``speedup_vs_published`` and ``speedup_vs_ft`` are seconds of the whole edit, curvature given, of the partner over
-those of ``exact``; ``cross_…`` the same of ``cross``; ``crisp_step_over_ft_step`` is a step of ``cross`` over one of
-``our-ft``, ``exact_step_over_ft_step`` one of ``exact``; ``peak_memory_over_ft`` whole-process peaks of ``exact`` over
-``ft``; ``replay_max_rel_diff`` the largest relative difference of final weights between replay and the whole forward
-pass after 20 steps. ``share of peak`` is the roofline: counted flops (torch's counter, on the same steps) over seconds,
-as a share of the fastest matrix product measured in the same process.
+Keys: ``speedup_vs_published``, ``…_ft`` and ``…_lora`` are seconds of the whole edit, curvature given, of the partner
+over those of ``crispedit``; ``exact_…`` the same of ``exact``; ``crisp_step_over_ft_step`` and
+``exact_step_over_ft_step`` a step of either over one of ``our-ft``, medians; ``…_projection_share`` the share of a step
+that is not in ``our-ft``'s; ``peak_memory_over_ft`` and ``exact_…`` whole-process peaks over those of ``ft``;
+``replay_max_rel_diff`` the largest relative difference of final weights between replay and the whole forward pass after
+20 steps. ``of peak`` is the roofline: counted flops (torch's counter, in an epoch run once more) over seconds, as a
+share of the fastest matrix product measured in the same process.
 
 On a GPU: ``--shape llama-3-8b --device cuda --precision bfloat16 --edits zsre_3k.json --count 3000 --epochs 1``; with
 ``--token-ids`` random tokens of the edits' lengths stand for the edits where no tokenizer is at hand.
@@ -37,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +49,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crispedit.artifacts import write_json
 from crispedit.models import EditMatrix, edit_matrices, frozen
+from crispedit.rotation import rotated
 from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.training import fine_tune, float32_masters
-from crispedit.updates import Unconstrained, UpdateRule, update_rule
+from crispedit.updates import Unconstrained, UpdateRule, leading_counts, update_rule
 
 SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "176m": (
@@ -76,13 +80,15 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         (19, 20, 21, 22, 23),
     ),
 }
-OURS = {
+OURS: dict[str, tuple[str, str] | None] = {
     "our-ft": None,
-    "cross": ("cross", "projected"),
-    "exact": ("auto", "projected"),
+    "crispedit": ("cross", "auto"),
+    "exact": ("auto", "auto"),
+    "cross-projected": ("cross", "projected"),
+    "exact-projected": ("auto", "projected"),
     "coordinates": ("auto", "coordinates"),
 }
-"""Constraint (the form of a subspace) and update rule."""
+"""The form of a subspace and the update rule; ``auto`` of either is what crispedit takes by itself at such a width."""
 PARTNERS = ("published", "ft", "lora")
 RATE = 1e-4
 
@@ -144,6 +150,13 @@ def synthetic_spectrum(shape: tuple[int, int], seed: int, device: torch.device) 
         traces=(float(values[0].sum()), float(values[1].sum())),
         residuals=(torch.zeros_like(values[0]), torch.zeros_like(values[1])),
     )
+
+
+def of_a_cross(spectrum: Spectrum, energy: float) -> Spectrum:
+    """What a curvature has computed where a cross is left out: the leading vectors and no others."""
+    rows, columns = leading_counts(Subspace.of(spectrum, energy, "cross"))
+    known = spectrum.leading(columns + 1, rows + 1)
+    return replace(known, input_basis=known.input_basis.clone(), output_basis=known.output_basis.clone())
 
 
 # ---------------------------------------------------------------- the partners
@@ -221,7 +234,7 @@ def update_rules(variant: str, matrices: Sequence[EditMatrix], args: argparse.Na
     if chosen is None:
         return [Unconstrained(matrix.shape, device) for matrix in matrices]
     form, update = chosen
-    return [update_rule(update, Subspace.of(spectrum, args.energy, form)) for spectrum in spectra]  # type: ignore[arg-type]
+    return [update_rule(update, Subspace.of(s, args.energy, form)) for s in spectra]  # type: ignore[arg-type]
 
 
 def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -230,11 +243,12 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     model = build_model(args.shape, device, getattr(torch, args.dtype))
     matrices = edit_matrices(model, SHAPES[args.shape][1])
     rows = edit_rows(args.edits, args.count, args.token_ids)
-    needs_curvature = variant == "published" or OURS.get(variant) is not None
-    spectra = [synthetic_spectrum(m.shape, i, device) for i, m in enumerate(matrices)] if needs_curvature else []
-    if variant == "cross":  # a curvature in this form holds no more
-        cuts = [Subspace.of(spectrum, args.energy, "cross").threshold.cross or (0, 0) for spectrum in spectra]
-        spectra = [s.leading(c + 1, r + 1) for s, (r, c) in zip(spectra, cuts, strict=True)]
+    form, _ = OURS.get(variant) or ("", "")
+    spectra = []
+    if variant == "published" or form:
+        for number, matrix in enumerate(matrices):
+            spectrum = synthetic_spectrum(matrix.shape, number, device)
+            spectra.append(of_a_cross(spectrum, args.energy) if form == "cross" else spectrum)
     result: dict[str, Any] = {"variant": variant}
     marks: list[tuple[str, float]] = []
 
@@ -247,10 +261,14 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
         if variant == "lora":
             return lora(model, matrices, rows, asked)
         rules = update_rules(variant, matrices, asked, device, spectra)
-        trace = fine_tune(model, matrices, rules, rows, lr=RATE, epochs=epochs, batch_size=args.batch, stop_loss=0.0,
-                          start=args.start, precision=args.precision, alike=True if args.weights else None,
-                          progress=lambda what, *_: marks.append((what, time.perf_counter())))  # fmt: skip
+        with rotated(matrices, [rule.frame for rule in rules]):
+            trace = fine_tune(
+                model, matrices, rules, rows, lr=RATE, epochs=epochs, batch_size=args.batch, stop_loss=0.0,
+                start=args.start, precision=args.precision, alike=True if args.weights else None,
+                progress=lambda what, *_: marks.append((what, time.perf_counter())),
+            )  # fmt: skip
         result["forward"] = trace.forward
+        result["rules"] = sorted({type(rule).__name__ for rule in rules})
         times = [at for what, at in marks if what == "edit"]
         return [after - before for before, after in itertools.pairwise(times)]
 
@@ -263,8 +281,8 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
         synchronize(device)
         result["seconds"] = time.perf_counter() - started
         result["step"] = statistics.median(steps)
-        if marks:
-            result["recording"] = next(at for what, at in reversed(marks) if what == "recording") - started
+        if recorded := [at for what, at in marks if what == "recording"]:
+            result["recording"] = recorded[-1] - started
         result["peak_bytes"] = peak_memory(device)
         if args.weights is not None:
             torch.save([m.weight.cpu() for m in matrices], args.weights)
@@ -361,21 +379,14 @@ def report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> d
     def ratio(key: str, one: str, other: str) -> float | None:
         return middle[one][key] / middle[other][key] if one in middle and other in middle else None
 
-    steps = {key: ratio("step", "our-ft", key) for key in ("cross", "exact")}
-    found = {
-        "speedup_vs_published": ratio("seconds", "published", "exact"),
-        "speedup_vs_ft": ratio("seconds", "ft", "exact"),
-        "speedup_vs_lora": ratio("seconds", "lora", "exact"),
-        "cross_speedup_vs_published": ratio("seconds", "published", "cross"),
-        "cross_speedup_vs_ft": ratio("seconds", "ft", "cross"),
-        "crisp_step_over_ft_step": ratio("step", "cross", "our-ft"),
-        "exact_step_over_ft_step": ratio("step", "exact", "our-ft"),
-        "coordinates_step_over_ft_step": ratio("step", "coordinates", "our-ft"),
-        "cross_projection_share": steps["cross"] and 1 - steps["cross"],
-        "exact_projection_share": steps["exact"] and 1 - steps["exact"],
-        "peak_memory_over_ft": ratio("peak_bytes", "exact", "ft"),
-        "cross_peak_memory_over_ft": ratio("peak_bytes", "cross", "ft"),
-    }
+    found: dict[str, float | None] = {}
+    for variant, prefix in (("crispedit", ""), ("exact", "exact_")):
+        for partner in PARTNERS:
+            found[f"{prefix}speedup_vs_{partner}"] = ratio("seconds", partner, variant)
+        step = ratio("step", variant, "our-ft")
+        found[f"{prefix or 'crisp_'}step_over_ft_step"] = step
+        found[f"{prefix or 'crisp_'}projection_share"] = None if step is None else 1 - 1 / step
+        found[f"{prefix}peak_memory_over_ft"] = ratio("peak_bytes", variant, "ft")
     return {"ratios": found, "medians": middle, "runs": runs, "settings": {k: str(v) for k, v in vars(args).items()}}
 
 
