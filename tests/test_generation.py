@@ -5,12 +5,17 @@ from itertools import pairwise
 import pytest
 import torch
 
+from crispedit import generation
 from crispedit.errors import EditsError
-from crispedit.generation import answers
 from crispedit.rows import Prompter
 from families import CHATML, FAMILIES, tiny_model, tiny_tokenizer
 
 PROMPTS = ["The sky is", "A", "Two and two make", "Who is Ada? She is", "A", "xyzzy!", "?", "to be or not to be"]
+
+
+def answers(*arguments, **options):
+    """The texts of answers."""
+    return [answer.text for answer in generation.answers(*arguments, **options)]
 
 
 @torch.no_grad()
@@ -54,13 +59,10 @@ def scripted(tokenizer, *scripts):
 
 
 def ask(script, *, tokenizer=None, **options):
-    """The answer to the first character of a script, and how many tokens were generated for it."""
+    """The answer to the first character of a script, and how many tokens it has."""
     tokenizer = tokenizer or tiny_tokenizer()
-    model, lengths = scripted(tokenizer, script), []
-    generate = model.generate
-    model.generate = lambda **inputs: lengths.append(generate(**inputs)) or lengths[-1]
-    (answer,) = answers(model, Prompter(tokenizer), [script[0]], **options)
-    return answer, lengths[0].shape[1] - 2  # <s> and the character
+    (answer,) = generation.answers(scripted(tokenizer, script), Prompter(tokenizer), [script[0]], **options)
+    return answer.text, len(answer.ids)
 
 
 @pytest.mark.parametrize(
