@@ -33,6 +33,8 @@ TRIED = 64
 """Drafts of so many prompts are tried before those of the others."""
 DRAFT_TOKENS = 1024
 """Tokens of a batch of prompts with their drafts."""
+FEW = 32
+"""Fewer drafts are run through the whole model: to find out what can be left out would cost more than it saves."""
 WORTH = 1 / 3
 """If fewer of the tried prompts than this are decided by their drafts, no other draft is tried: trying costs 0.2 to
 0.4 of generating (benchmarks/evaluation.py)."""
@@ -190,7 +192,10 @@ def _take_drafts(model: Any, reader: _Reader, rows: dict[Ids, _Row], guesses: Ma
     drafted = [
         EditRow((*ids, *draft[: rows[ids].limit]), len(ids)) for ids in prompts for draft in sorted(guesses[ids])
     ]
-    logits = row_logits(model, (), drafted, start="targets")
+    few = len(drafted) < FEW
+    logits = (
+        RowLogits(model=model, rows=drafted, start="whole") if few else row_logits(model, (), drafted, start="targets")
+    )
     step = -(-len(prompts) // TRIED)
     for part in (prompts[::step], [ids for number, ids in enumerate(prompts) if number % step]):
         asked = set(part)
