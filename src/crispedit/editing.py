@@ -257,15 +257,15 @@ def _edit_and_prove(
     def answers(drafts: Sequence[Sequence[Ids]]) -> list[Answer]:
         return ask(model, prompter, asked, "no_context", drafts=drafts, progress=progress)
 
-    began = time.monotonic()
-    expected = expected_drafts(prompter, asked, "no_context")
-    unknown = [q.kind != "locality" for q in asked]  # to the model as it is: its targets would be tried in vain
     shown = spread(problem.rows, PROOF_EDITS)
 
     def loss() -> float:
         return mean_loss(model, shown)
 
     subspaces = _subspaces(problem, config)  # what cannot be cut is said before anything is asked
+    began = time.monotonic()
+    expected = expected_drafts(prompter, asked, "no_context")
+    unknown = [q.kind != "locality" for q in asked]  # to the model as it is: targets would be tried in vain
     with _restoring(matrices) as originals:
         before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):

@@ -35,10 +35,9 @@ DRAFT_TOKENS = 1024
 """Tokens of a batch of prompts with their drafts."""
 FEW = 32
 """Fewer drafts are run through the whole model: to find out what can be left out would cost more than it saves."""
-WORTH = 1 / 3
-"""If fewer of the tried prompts than this are decided by their drafts, no other draft is tried: trying costs 0.2 to
-0.4 of generating (benchmarks/evaluation.py)."""
-
+WORTH = 1 / 2
+"""If fewer of the tried prompts than this are decided by their drafts, no other draft is tried: trying costs half of
+generating where answers have three tokens, and less where they are longer (benchmarks/evaluation.py)."""
 
 Ids = tuple[int, ...]
 
@@ -169,7 +168,7 @@ def answers(
     guesses: dict[Ids, set[Ids]] = {}
     for ids, some in zip(encoded, drafts, strict=bool(drafts)):
         guesses.setdefault(ids, set()).update(tuple(draft) for draft in some if draft)
-    _take_drafts(model, reader, rows, {ids: some for ids, some in guesses.items() if some})
+    _take_drafts(model, reader, rows, {ids: some for ids, some in guesses.items() if ids and some})
 
     going = sorted((row for row in rows.values() if not row.ended), key=lambda row: len(row.ids))
     done = len(rows) - len(going)
