@@ -96,7 +96,8 @@ def run(case: dict[str, Any], edits: EditSet, curvatures: dict[Any, Curvature]) 
     seconds = time.monotonic() - started
     prompter = Prompter.of(loaded.model, loaded.tokenizer)
     asked = questions(edits)
-    scores = score(asked, ask(loaded.model, prompter, asked, "no_context"))
+    given = ask(loaded.model, prompter, asked, "no_context")
+    scores = score(asked, [answer.text for answer in given])
     tasks = bundled_tasks(loaded.model, prompter, count=PROBES)
     training = result.metrics["training"]
     outside = [of_matrix["outside"] for of_matrix in result.metrics["matrices"]]

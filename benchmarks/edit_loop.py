@@ -287,11 +287,12 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
         if args.weights is not None:
             torch.save([m.weight.cpu() for m in matrices], args.weights)
             return result
-        with FlopCounterMode(display=False) as counter:  # after the measurements: it slows things down
-            edit(1)
-        per_step = counter.get_total_flops() / (-(-len(rows) // args.batch))
-        result["step_flops"] = per_step  # of a first epoch: what is recorded is shared out among its steps
         result["peak_flops_per_second"] = matmul_throughput(device, args)
+        if args.flops:  # after the measurements: it slows things down
+            with FlopCounterMode(display=False) as counter:
+                edit(1)
+            # of a first epoch: what is recorded is shared out among its steps
+            result["step_flops"] = counter.get_total_flops() / -(-len(rows) // args.batch)
     return result
 
 
@@ -361,7 +362,7 @@ def report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> d
     """Medians and ratios of all runs, printed as a table."""
     middle = {
         variant: {
-            key: statistics.median(run[key] for run in of_variant)
+            key: statistics.median(run[key] for run in of_variant if key in run)
             for key in ("seconds", "step", "peak_bytes", "step_flops", "peak_flops_per_second")
         }
         for variant, of_variant in runs.items()
@@ -408,6 +409,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=[*PARTNERS, *OURS], default=[*PARTNERS, *OURS])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--flops", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -416,7 +418,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in args.variants}
     for repeat in range(args.repeats):
         for variant in args.variants:
-            found = child(variant, args)
+            found = child(variant, args, flops=repeat == 0)
             runs[variant].append(found)
             say(f"{repeat + 1}/{args.repeats} {variant}: {found['seconds']:.1f} s, step {1e3 * found['step']:.0f} ms")
     result = report(runs, args)

@@ -47,7 +47,7 @@ def test_it_knows_its_world_in_words_not_seen_with_the_fact(prompter):
     known = {}
     for index, context in ((0, "no_context"), (0, "qa_context"), (1, "no_context")):
         given = answers(model, ask, [in_context(f.prompt(f.unseen_prompts[index]), context) for f in facts])
-        right = sum(answer == fact.object for answer, fact in zip(given, facts, strict=True))
+        right = sum(answer.text == fact.object for answer, fact in zip(given, facts, strict=True))
         known[index, context] = 100 * right / len(facts)
     assert min(known.values()) >= 95, known
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from crispedit.checkpoint import load_edited, round_to
+from crispedit.checkpoint import load_edited, read_back, round_to, write_model
 from crispedit.editing import edit
+from crispedit.edits import edits_from_rows
 from crispedit.errors import ArtifactError, EditFailed
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import edit_matrices, load_model
-from families import tiny_model, tiny_tokenizer
+from crispedit.rows import Prompter
+from crispedit.wild import ask, evaluate_edits
+from families import FAMILIES, tiny_model, tiny_tokenizer
 
 ROWS = [
     {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul", "rephrase": "Who governs the city of Hinstad?"},
@@ -35,7 +38,8 @@ def test_the_proof(result):
     assert metrics["before"]["reliability"] == 0
     assert metrics["after"]["reliability"] == 100
     assert metrics["capability"]["drift"] > 0
-    assert metrics["seconds"]["curvature"] > 0
+    assert metrics["seconds"].keys() == {"curvature", "edit", "proof"}
+    assert all(seconds > 0 for seconds in metrics["seconds"].values())
     assert metrics["rounding"]["dtype"] == "float16"
     assert 0 < metrics["rounding"]["survived"] <= 1
     for change in metrics["matrices"]:
@@ -101,10 +105,50 @@ def test_a_saved_delta_is_put_onto_its_base(result, tmp_path):
 
 
 def test_a_model_that_answers_otherwise_after_saving_is_removed(result, tmp_path):
-    result._answers = ["something else"] * len(result._answers)
-    with pytest.raises(EditFailed, match="the saved model answers 5 of 5 prompts otherwise"):
+    """Its tensors are right and its configuration is not."""
+    result.model.config.rms_norm_eps = 10.0  # the modules have been built
+    with pytest.raises(EditFailed, match="the saved model answers otherwise than the one in memory"):
         result.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_tensors_are_not_what_was_saved_is_removed(result, tmp_path, monkeypatch):
+    def damaged(model, tokenizer, directory, dtype):
+        norm = model.get_parameter("model.norm.weight")
+        norm.data[3] += 2**-9  # one step of float16
+        write_model(model, tokenizer, directory, dtype)
+        norm.data[3] -= 2**-9
+
+    monkeypatch.setattr("crispedit.editing.write_model", damaged)
+    with pytest.raises(EditFailed, match=r"1 tensors of the saved model are not .* e\.g\. model\.norm\.weight"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_what_is_read_back_shares_the_weights_in_memory(name, tied, stored, tmp_path):
+    model = tiny_model(name, dtype=stored, tie_word_embeddings=tied)
+    write_model(model, tiny_tokenizer(), tmp_path, stored)
+    read = read_back(model, tmp_path, stored)
+    assert {p.data_ptr() for p in read.parameters()} == {p.data_ptr() for p in model.parameters()}
+    ids = torch.arange(20, 40)[None]
+    assert torch.equal(read(input_ids=ids).logits, model(input_ids=ids).logits)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored)
+    assert torch.equal(alone(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_answers_are_not_asked_again_where_nothing_was_rounded(bundled, monkeypatch):
+    asked = []
+    monkeypatch.setattr("crispedit.editing.ask", lambda *a, **k: asked.append(a) or ask(*a, **k))
+    for stored, times in ((torch.float32, 2), (torch.float16, 3)):
+        asked.clear()
+        model = load_model("bundled").model
+        result = edit(model, bundled.tokenizer, ROWS, energy=0, epochs=2, stored_dtype=stored)
+        assert len(asked) == times
+        found, _ = evaluate_edits(model, Prompter.of(model, bundled.tokenizer), edits_from_rows(ROWS))
+        assert result.metrics["after"] == found["no_context"] | {"locality": result.metrics["after"]["locality"]}
 
 
 def test_an_edit_that_is_known_already_is_an_error(bundled):

@@ -1,16 +1,22 @@
 """Free greedy answers: against a loop without batches, padding or cache, and from models with a script."""
 
+import random
 from itertools import pairwise
 
 import pytest
 import torch
 
+from crispedit import generation
 from crispedit.errors import EditsError
-from crispedit.generation import answers
 from crispedit.rows import Prompter
 from families import CHATML, FAMILIES, tiny_model, tiny_tokenizer
 
 PROMPTS = ["The sky is", "A", "Two and two make", "Who is Ada? She is", "A", "xyzzy!", "?", "to be or not to be"]
+
+
+def answers(*arguments, **options):
+    """The texts of answers."""
+    return [answer.text for answer in generation.answers(*arguments, **options)]
 
 
 @torch.no_grad()
@@ -54,13 +60,10 @@ def scripted(tokenizer, *scripts):
 
 
 def ask(script, *, tokenizer=None, **options):
-    """The answer to the first character of a script, and how many tokens were generated for it."""
+    """The answer to the first character of a script, and how many tokens it has."""
     tokenizer = tokenizer or tiny_tokenizer()
-    model, lengths = scripted(tokenizer, script), []
-    generate = model.generate
-    model.generate = lambda **inputs: lengths.append(generate(**inputs)) or lengths[-1]
-    (answer,) = answers(model, Prompter(tokenizer), [script[0]], **options)
-    return answer, lengths[0].shape[1] - 2  # <s> and the character
+    (answer,) = generation.answers(scripted(tokenizer, script), Prompter(tokenizer), [script[0]], **options)
+    return answer.text, len(answer.ids)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +151,150 @@ def test_an_answer_ends_where_the_context_does():
         assert answers(model, prompter, [prompt]) == [one_by_one(model, prompter, prompt, 24 - 1 - length)]
     with pytest.raises(EditsError, match="a prompt has 24 tokens; the model's context is 24: shorten it"):
         answers(model, prompter, ["short", "x" * 23])
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+def broken(ids, rng, end, line):
+    """Guesses at an answer of every kind: right, wrong from the first, wrong later, too short, too long, with lines."""
+    other = [token for token in range(8, 100) if token not in ids]
+    middle = len(ids) // 2
+    return [
+        ids,
+        (rng.choice(other), *ids[1:]),
+        (*ids[:middle], rng.choice(other), *ids[middle + 1 :]),
+        ids[:middle],
+        (*ids, *rng.choices(other, k=30)),
+        (),
+        (line, *ids),
+        (*ids[:middle], line, *ids[middle:]),
+        (*ids[:middle], end),
+        (*ids[:-1], end, *ids),
+        tuple(rng.choices(other, k=rng.randint(1, 60))),
+    ]
+
+
+@pytest.mark.parametrize("few", [8, 32])
+@pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "olmoe"])
+def test_drafts_change_no_answer(name, few, monkeypatch):
+    """Against decoding one token of one row at a time; the sliding windows (16) are shorter than some rows."""
+    model, tokenizer = tiny_model(name), tiny_tokenizer(pad=False)
+    end, line = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("Ċ")
+    if (head := model.get_output_embeddings()).bias is None:
+        head.weight.data[[end, line]] *= 2  # so that some answers end before the limit
+    monkeypatch.setattr(generation, "FEW", few)
+    prompter, rng = Prompter(tokenizer), random.Random(name)
+    prompts = [*PROMPTS, "Two and two makes", "Who is Ada? She was", "xyz"]
+    expected = [one_by_one(model, prompter, prompt, 12) for prompt in prompts]
+    plain = generation.answers(model, prompter, prompts, max_new_tokens=12)
+    assert [answer.text for answer in plain] == expected
+    kinds = len(broken((), rng, end, line))
+    for kind in range(kinds + 4):
+        drafts = []
+        for answer in plain:
+            some = broken(answer.ids, rng, end, line)
+            drafts.append([some[kind]] if kind < kinds else rng.sample(some, k=kind - kinds))
+        assert generation.answers(model, prompter, prompts, drafts=drafts, max_new_tokens=12) == plain, kind
+
+
+def counted(model):
+    """The numbers of prompts and of tokens per prompt that a model is called with, call by call."""
+    calls, forward = [], model.forward
+    model.forward = lambda **inputs: calls.append(tuple(inputs["input_ids"].shape)) or forward(**inputs)
+    return calls
+
+
+def test_right_drafts_leave_nothing_to_generate(monkeypatch):
+    model, prompter = tiny_model("llama"), Prompter(tiny_tokenizer())
+    plain = generation.answers(model, prompter, PROMPTS)
+    monkeypatch.setattr(model, "generate", None)
+    said = []
+    drafts = [[answer.ids] for answer in plain]
+    again = generation.answers(model, prompter, PROMPTS, drafts=drafts, progress=lambda *what: said.append(what))
+    assert again == plain
+    assert said == [("answers", 7, 7)]
+
+
+def test_generating_goes_on_where_a_draft_ends():
+    """A draft that is right for 30 tokens saves 31: the model's own next choice is known too."""
+    model, prompter = tiny_model("llama", eos_token_id=None), Prompter(tiny_tokenizer())
+    (plain,) = generation.answers(model, prompter, ["?"])
+    assert len(plain.ids) == 40
+    calls = counted(model)
+    (found,) = generation.answers(model, prompter, ["?"], drafts=[[(*plain.ids[:30], plain.ids[30] + 1)]])
+    assert found == plain
+    assert calls[-9:] == [(1, 2 + 31)] + 8 * [(1, 1)]
+
+
+def test_drafts_of_every_asking_of_a_prompt_are_tried():
+    model, prompter = tiny_model("llama"), Prompter(tiny_tokenizer())
+    plain = generation.answers(model, prompter, PROMPTS)
+    drafts = [[] for _ in PROMPTS]
+    drafts[4] = [(9, 9), plain[1].ids]  # the same prompt as the second
+    calls = counted(model)
+    assert generation.answers(model, prompter, PROMPTS, drafts=drafts) == plain
+    assert max(rows for rows, tokens in calls if tokens > 1) == 6  # of seven different prompts
+
+
+def test_bad_drafts_are_given_up(monkeypatch):
+    monkeypatch.setattr(generation, "TRIED", 4)
+    model, prompter = tiny_model("llama"), Prompter(tiny_tokenizer())
+    prompts = [character * length for character in "abcd" for length in (1, 2, 3, 4)]
+    plain = generation.answers(model, prompter, prompts)
+    tried = []
+    choices = generation._first_choices
+    monkeypatch.setattr(generation, "_first_choices", lambda rows, some: tried.append(len(some)) or choices(rows, some))
+    for right, expected in ((0.0, [4]), (0.25, [4]), (0.5, [4, 12]), (1.0, [4, 12])):
+        tried.clear()
+        drafts = [[answer.ids if number % 16 < right * 16 else (9,)] for number, answer in enumerate(plain)]
+        assert generation.answers(model, prompter, prompts, drafts=drafts) == plain
+        assert tried == expected
+
+
+def test_there_is_a_list_of_drafts_for_every_prompt():
+    with pytest.raises(ValueError, match="shorter"):
+        generation.answers(tiny_model("llama"), Prompter(tiny_tokenizer()), PROMPTS, drafts=[[]])
+
+
+# --- rows that have ended ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_have_ended_leave_the_batch(name):
+    tokenizer = tiny_tokenizer()
+    model, prompter = tiny_model(name), Prompter(tokenizer)
+    if (head := model.get_output_embeddings()).bias is None:
+        head.weight.data[tokenizer.eos_token_id] *= 3
+    prompts = [first + second for first in "abcdefgh" for second in "ijkl"]
+    expected = [one_by_one(model, prompter, prompt, 30) for prompt in prompts]
+    calls = counted(model)
+    found = generation.answers(model, prompter, prompts, max_new_tokens=30)
+    assert [answer.text for answer in found] == expected
+    lengths = [len(answer.ids) for answer in found]
+    assert len(set(lengths)) > 2
+    for step, (rows, tokens) in enumerate(calls):
+        assert tokens == (1 if step else 3)
+        going = sum(length > step for length in lengths)
+        assert going <= rows
+        assert rows * generation.STAY <= going or going == len(prompts)
+
+
+def test_a_model_that_keeps_no_cache_is_asked_anew():
+    model, prompter = tiny_model("llama"), Prompter(tiny_tokenizer())
+    expected = generation.answers(model, prompter, PROMPTS)
+    generate = model.generate
+
+    def forgetful(**inputs):
+        assert inputs["past_key_values"] is None
+        out = generate(**inputs)
+        out.past_key_values = None
+        return out
+
+    model.generate = forgetful
+    assert generation.answers(model, prompter, PROMPTS) == expected
+
+
+def test_a_short_row_has_its_whole_context_beside_a_long_one():
+    model, prompter = tiny_model("gpt2", max_position_embeddings=24, eos_token_id=None), Prompter(tiny_tokenizer())
+    prompts = ["x" * length for length in (1, 10, 21, 22)]
+    expected = [one_by_one(model, prompter, prompt, 24 - 1 - len(prompt)) for prompt in prompts]
+    assert answers(model, prompter, prompts) == expected
+    drafts = [[answer.ids] for answer in generation.answers(model, prompter, prompts)]
+    assert answers(model, prompter, prompts, drafts=[[(*some[0], 9)] for some in drafts]) == expected

@@ -56,7 +56,7 @@ def dtypes(state):
 
 
 def asked(model, tokenizer):
-    return answers(model, Prompter.of(model, tokenizer, chat="off"), [*PROMPTS, "Who?", "x"])
+    return [a.text for a in answers(model, Prompter.of(model, tokenizer, chat="off"), [*PROMPTS, "Who?", "x"])]
 
 
 # --- which matrices ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Scores of answers: what is asked, in which context, and how it is counted."""
 
+import pytest
+
 from crispedit.edits import Edit, Locality
-from crispedit.wild import QA_CONTEXT, in_context, questions, score
+from crispedit.rows import Prompter
+from crispedit.wild import QA_CONTEXT, Question, expected_drafts, in_context, questions, score
+from families import CHATML, LLAMA_3, tiny_tokenizer
 
 EDITS = [
     Edit(
@@ -32,6 +36,28 @@ def test_the_context_is_exactly_the_papers():
     assert in_context("Who?", "qa_context") == "Please answer the question: \n\nQ: Who?\nA:"
     turns = (("system", "Be brief."), ("user", "Who?"))
     assert in_context(turns, "qa_context") == (turns[0], ("user", "Please answer the question: \n\nQ: Who?\nA:"))
+
+
+def test_an_expected_answer_is_a_draft_as_it_would_be_taught():
+    """ "Who?" merges with the blank and the letter after it: that answer is no continuation of the prompt's tokens."""
+    tokenizer = tiny_tokenizer(merges=(("Ġ", "H"), ("?", "Ġ"), ("?Ġ", "A")))
+    asked = [q for q in questions(EDITS) if q.prompt in ("Who?", "Where?", "When?")]
+    token = tokenizer.convert_tokens_to_ids
+    here = [*map(token, ["ĠH", "e", "r", "e"]), tokenizer.eos_token_id]
+    assert expected_drafts(Prompter(tokenizer), asked, "no_context") == [[], [tuple(here)], []]
+    without = Prompter(tokenizer, eos=False)
+    assert expected_drafts(without, asked, "qa_context")[1] == [tuple(map(token, ["ĠH", *"ere"]))]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3])
+def test_an_expected_answer_is_a_draft_in_a_chat(template):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    prompter = Prompter(tokenizer)
+    turns = (("system", "Be brief."), ("user", "Who?"))
+    asked = [Question(0, "reliability", prompt, "Ann") for prompt in (turns, "Who?")]
+    end = prompter.row(EDITS[0]).ids[-1]
+    ann = (*tokenizer("Ann", add_special_tokens=False)["input_ids"], end)
+    assert expected_drafts(prompter, asked, "qa_context") == [[ann], [ann]]
 
 
 def test_scores_are_means_over_edits():

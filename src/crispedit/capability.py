@@ -101,7 +101,9 @@ def bundled_tasks(
     for family in abilities.PROMPTED:
         items = abilities.probes(family, count)
         given = answers(model, prompter, [prompt for prompt, _ in items], what=family, progress=progress)
-        scores[family] = 100 * sum(a == right for a, (_, right) in zip(given, items, strict=True)) / len(items)
+        scores[family] = (
+            100 * sum(answer.text == right for answer, (_, right) in zip(given, items, strict=True)) / len(items)
+        )
     scores["prose"] = _next_token_accuracy(model, prompter.tokenizer, corpus.probe_prose(count))
     return scores
 

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from .artifacts import check_space, read_json, write_json
-from .errors import ArtifactError, ModelError
+from .errors import ArtifactError, EditFailed, ModelError
 from .models import EditMatrix, LoadedModel, edit_matrices, fingerprint, load_model, model_directory
 
 RECORD, DELTA = "crispedit.json", "delta.safetensors"
@@ -89,6 +90,42 @@ def write_model(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype)
     config = read_json(directory / "config.json")
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(directory / "config.json", config)
+
+
+def read_back(model: Any, directory: Path, dtype: torch.dtype) -> Any:
+    """Reads a written model as any program would, and compares every tensor with what was to be written, bit for bit.
+
+    It is read into CPU memory; there is one copy of the weights on a GPU, and it serves both models.
+
+    Args:
+        model: The model that was written; it must not be changed while the one returned is in use.
+        directory: Where :func:`write_model` wrote it.
+        dtype: In which dtype.
+
+    Returns:
+        The model that was read, on the device and in the dtype of ``model``.
+
+    Raises:
+        EditFailed: A tensor is missing, or another one.
+    """
+    attention = model.config._attn_implementation
+    read = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=model.dtype, use_safetensors=True, attn_implementation=attention
+    )
+    found, parameters, wrong = read.state_dict(), dict(read.named_parameters()), []
+    for name, tensor in model.state_dict().items():
+        wanted = tensor.to(dtype).to(tensor.dtype) if tensor.dtype == model.dtype else tensor
+        if name not in found or not torch.equal(found[name], wanted.to("cpu", found[name].dtype)):
+            wrong.append(name)
+        elif name in parameters:
+            parameters[name].data = wanted.to(found[name].dtype)
+    wrong += found.keys() - model.state_dict().keys()
+    if wrong:
+        raise EditFailed(
+            f"{len(wrong)} tensors of the saved model are not those that were to be saved, e.g. {wrong[0]}; "
+            "nothing was kept"
+        )
+    return read.to(model.device).eval()
 
 
 def check_room(model_name: str, directory: Path) -> None:

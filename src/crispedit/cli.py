@@ -332,7 +332,7 @@ def ask(
         loaded = _load(name, device, dtype, None, trust_remote_code)
         tokenizer = loaded.tokenizer
         prompter = Prompter.of(loaded.model, tokenizer, chat=chat, eos=tokenizer.eos_token_id is not None)  # type: ignore[arg-type]
-        given[name] = answers(loaded.model, prompter, [prompt])[0]
+        given[name] = answers(loaded.model, prompter, [prompt])[0].text
     from .console import print_table
 
     print_table(prompt, ["model", "answer"], [[name, answer or "(empty)"] for name, answer in given.items()])

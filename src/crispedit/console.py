@@ -248,7 +248,7 @@ def print_proof(result: EditResult) -> None:
     out.print(
         f"{settings['editor']}: energy {settings.get('energy', '–')}, "
         f"learning rate {rate}, {len(rates)} epochs, edit {seconds['edit']:.1f} s, "
-        f"curvature {seconds['curvature']:.1f} s",
+        f"curvature {seconds['curvature']:.1f} s, proof {seconds['proof']:.1f} s",
         soft_wrap=True,
     )
     if training["forward"]:

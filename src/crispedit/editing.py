@@ -2,7 +2,7 @@
 
 The editor only changes matrices. This module owns the original weights (and puts them back when
 anything fails), the float32 masters, the proof before and after, and the check that what was written to
-disk answers as the model in memory does.
+disk is the model in memory.
 """
 
 import platform
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from . import __version__
 from .artifacts import write_directory, write_json
-from .checkpoint import RECORD, Form, round_to, write_delta, write_model
+from .checkpoint import RECORD, Form, read_back, round_to, write_delta, write_model
 from .curvature import Constraint, Curvature
 from .editors import find_editor
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed
+from .generation import Answer, Ids
 from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
 from .progress import Progress, no_progress
 from .proof import (
@@ -43,7 +44,10 @@ from .rows import Chat, Prompter
 from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 from .training import float32_masters
-from .wild import Question, ask, questions, score
+from .wild import Question, ask, expected_drafts, questions, score
+
+CHECKED = 8
+"""A model that was written is asked so many questions again, after all its tensors were compared."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +77,6 @@ class EditResult:
     notes: list[str] = field(default_factory=list)
     _prompter: Prompter = field(repr=False)
     _asked: list[Question] = field(repr=False)
-    _answers: list[str] = field(repr=False)
     _dtype: torch.dtype = field(repr=False)
 
     def record(self) -> dict[str, Any]:
@@ -83,46 +86,51 @@ class EditResult:
     def save(
         self, directory: str | Path, *, form: Form = "model", overwrite: bool = False, progress: Progress = no_progress
     ) -> Path:
-        """Writes the edited model (or only its delta), reloads it, and checks that it answers the same.
+        """Writes the edited model (or only its delta), reads the model back, and checks that it is the same.
 
         Args:
             directory: New or empty, unless ``overwrite``.
             form: ``model`` or ``delta``.
             overwrite: Whether a directory that is not empty is replaced.
-            progress: Called while the reloaded model is asked.
+            progress: Called while models are asked.
 
         Returns:
             The directory.
 
         Raises:
             ConfigError: ``form`` is neither.
-            EditFailed: The reloaded model answers differently. The directory is as it was before, then.
+            EditFailed: The model read back has other tensors or answers differently. The directory is as it was
+                before, then.
         """
         if form not in ("model", "delta"):
             raise ConfigError(f"save is '{form}'; it must be model or delta")
         directory = Path(directory)
         with write_directory(directory, overwrite=overwrite) as building:
-            write_json(building / RECORD, self.record())
             if form == "delta":
                 write_delta(self.delta, building)
             else:
                 write_model(self.model, self.tokenizer, building, self._dtype)
+                started = time.monotonic()
                 self._check_written(building, progress)
+                self.metrics["seconds"]["reading_back"] = round(time.monotonic() - started, 2)
+            write_json(building / RECORD, self.record())
         return directory
 
     def _check_written(self, directory: Path, progress: Progress) -> None:
-        """Refuses a written model that does not answer as the one in memory does."""
-        reloaded = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=self.model.dtype, use_safetensors=True
-        )
-        reloaded.to(self.model.device).eval()
-        again = ask(reloaded, self._prompter, self._asked, "no_context", progress=progress)
-        if wrong := [index for index, (a, b) in enumerate(zip(self._answers, again, strict=True)) if a != b]:
-            first = wrong[0]
-            raise EditFailed(
-                f"the saved model answers {len(wrong)} of {len(again)} prompts otherwise than the one in memory, e.g. "
-                f"'{self._asked[first].prompt}': '{again[first]}', not '{self._answers[first]}'; nothing was kept"
+        """Refuses a written model with other tensors than the one in memory, or other answers."""
+        reloaded = read_back(self.model, directory, self._dtype)
+        asked = spread(self._asked, CHECKED)
+        # both in the same batches: in bfloat16, answers may depend on them
+        with frozen(self.model):
+            here, there = (
+                ask(model, self._prompter, asked, "no_context", progress=progress) for model in (self.model, reloaded)
             )
+        for question, a, b in zip(asked, here, there, strict=True):
+            if a != b:
+                raise EditFailed(
+                    f"the saved model answers otherwise than the one in memory: '{question.prompt}': '{b.text}', not "
+                    f"'{a.text}'; nothing was kept"
+                )
 
 
 def edit(
@@ -219,7 +227,6 @@ def edit(
         notes=list(edit_set.notes),
         _prompter=prompter,
         _asked=asked,
-        _answers=proved.after,
         _dtype=dtype,
     )
 
@@ -247,8 +254,8 @@ def _edit_and_prove(
     """Runs an editor between the questions before and after, in float32 and then as ``dtype`` will store it."""
     model, matrices, progress = problem.model, problem.matrices, problem.progress
 
-    def answers() -> list[str]:
-        return ask(model, prompter, asked, "no_context", progress=progress)
+    def answers(drafts: Sequence[Sequence[Ids]]) -> list[Answer]:
+        return ask(model, prompter, asked, "no_context", drafts=drafts, progress=progress)
 
     shown = spread(problem.rows, PROOF_EDITS)
 
@@ -256,8 +263,11 @@ def _edit_and_prove(
         return mean_loss(model, shown)
 
     subspaces = _subspaces(problem, config)  # what cannot be cut is said before anything is asked
+    began = time.monotonic()
+    expected = expected_drafts(prompter, asked, "no_context")
+    unknown = [q.kind != "locality" for q in asked]  # to the model as it is: targets would be tried in vain
     with _restoring(matrices) as originals:
-        before = answers()
+        before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):
             loss_before = loss()
             started = time.monotonic()
@@ -265,25 +275,27 @@ def _edit_and_prove(
             seconds = time.monotonic() - started
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             check_edited(change, loss_before, loss())
-            unrounded = answers()
+            unrounded = answers([[*draft, answer.ids] for draft, answer in zip(expected, before, strict=True)])
             rounding = round_to(matrices, originals, dtype)
         delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
-        after = answers()
+        same = dtype == model.dtype == torch.float32  # nothing was rounded
+        after = unrounded if same else answers([[answer.ids] for answer in unrounded])
         drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
 
+    answered = [[answer.text for answer in some] for some in (before, unrounded, after)]
     changes = matrix_changes(change, originals, subspaces)
     metrics = {
-        "before": score(asked, before),
-        "after": score(asked, after, base=before),
+        "before": score(asked, answered[0]),
+        "after": score(asked, answered[2], base=answered[0]),
         "proof_edits": len({question.edit for question in asked}),
-        "answers_changed_by_rounding": sum(a != b for a, b in zip(unrounded, after, strict=True)),
+        "answers_changed_by_rounding": sum(a != b for a, b in zip(answered[1], answered[2], strict=True)),
         "rounding": asdict(rounding),
         "capability": asdict(drift) if drift else dict.fromkeys(("drift", "loss_base", "loss")),
         "matrices": [asdict(of_matrix) for of_matrix in changes],
         "training": _training(rounds),
-        "seconds": {"edit": round(seconds, 2)},
+        "seconds": {"edit": round(seconds, 2), "proof": round(time.monotonic() - began - seconds, 2)},
     }
-    return _Proved(delta=delta, changes=changes, before=before, after=after, metrics=metrics)
+    return _Proved(delta=delta, changes=changes, before=answered[0], after=answered[2], metrics=metrics)
 
 
 def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from .bundled.world import QA_CONTEXT
 from .edits import Edit
-from .generation import answers
+from .errors import EditsError
+from .generation import Answer, Ids, answers
 from .judge import Judge, exact
 from .progress import Progress, no_progress
 from .rows import Prompter
@@ -51,19 +52,52 @@ def in_context(prompt: str | tuple[tuple[str, str], ...], context: str) -> str |
     return (*prompt[:-1], (role, QA_CONTEXT.format(q=content)))
 
 
+def expected_drafts(prompter: Prompter, asked: Sequence[Question], context: str) -> list[list[Ids]]:
+    """For every question the answer that would be right, if one is known, as the model would be taught it.
+
+    Args:
+        prompter: Builds prompts.
+        asked: The questions.
+        context: The context they are asked in.
+
+    Returns:
+        Drafts for :func:`crispedit.generation.answers`, one or none per question.
+    """
+    return [_drafts(prompter, in_context(question.prompt, context), question.expected) for question in asked]
+
+
+def _drafts(prompter: Prompter, prompt: str | tuple[tuple[str, str], ...], answer: str | None) -> list[Ids]:
+    if answer is None:
+        return []
+    turns = () if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else prompt[-1][1]
+    try:
+        row = prompter.row(Edit(prompt=text, target=answer, turns=turns))
+    except EditsError:  # an answer without a token of its own
+        return []
+    # where the answer merges with the end of the prompt, it is no continuation of the prompt's tokens
+    return [row.ids[row.prompt_length :]] if row.ids[: row.prompt_length] == prompter.prompt(prompt) else []
+
+
 def ask(
     model: Any,
     prompter: Prompter,
     asked: Sequence[Question],
     context: str,
     *,
+    drafts: Sequence[Sequence[Ids]] = (),
     stop_at_period: bool = False,
     progress: Progress = no_progress,
-) -> list[str]:
-    """The model's answers to questions in one context."""
-    prompts = [in_context(question.prompt, context) for question in asked]
+) -> list[Answer]:
+    """The model's answers to questions in one context; for ``drafts`` see :func:`crispedit.generation.answers`."""
     return answers(
-        model, prompter, prompts, stop_at_period=stop_at_period, what=f"asking, {context}", progress=progress
+        model,
+        prompter,
+        [in_context(question.prompt, context) for question in asked],
+        drafts=drafts,
+        stop_at_period=stop_at_period,
+        what=f"asking, {context}",
+        progress=progress,
     )
 
 
@@ -125,6 +159,8 @@ def evaluate_edits(
     asked = questions(edits)
     scores, given = {}, {}
     for context in CONTEXTS:
-        given[context] = ask(model, prompter, asked, context, stop_at_period=stop_at_period, progress=progress)
+        drafts = expected_drafts(prompter, asked, context)
+        found = ask(model, prompter, asked, context, drafts=drafts, stop_at_period=stop_at_period, progress=progress)
+        given[context] = [answer.text for answer in found]
         scores[context] = score(asked, given[context], judge, base[context] if base else None)
     return scores, given
