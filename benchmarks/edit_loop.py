@@ -21,7 +21,7 @@ over those of ``crispedit``; ``exact_…`` the same of ``exact``; ``crisp_step_o
 ``exact_step_over_ft_step`` a step of either over one of ``our-ft``, medians; ``…_projection_share`` the share of a step
 that is not in ``our-ft``'s; ``peak_memory_over_ft`` and ``exact_…`` whole-process peaks over those of ``ft``;
 ``replay_max_rel_diff`` the largest relative difference of final weights between replay and the whole forward pass after
-20 steps. ``of peak`` is the roofline: counted flops (torch's counter, in an epoch run once more) over seconds, as a
+20 steps. ``of peak`` is the roofline: counted flops (torch's counter, in epochs run once more) over seconds, as a
 share of the fastest matrix product measured in the same process.
 
 On a GPU: ``--shape llama-3-8b --device cuda --precision bfloat16 --edits zsre_3k.json --count 3000 --epochs 1``; with
@@ -289,11 +289,22 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
             return result
         result["peak_flops_per_second"] = matmul_throughput(device, args)
         if args.flops:  # after the measurements: it slows things down
-            with FlopCounterMode(display=False) as counter:
-                edit(1)
-            # of a first epoch: what is recorded is shared out among its steps
-            result["step_flops"] = counter.get_total_flops() / -(-len(rows) // args.batch)
+            # of a second epoch: what is recorded before the first belongs to no step
+            counts = [count_flops(lambda epochs=epochs: edit(epochs)) for epochs in (1, 2)]
+            result["step_flops"] = (counts[1] - counts[0]) / -(-len(rows) // args.batch)
     return result
+
+
+def added_in_place(_: Any, a: Sequence[int], b: Sequence[int], *__: Any, **___: Any) -> int:
+    """Flops of addmm_, of the shapes of its factors."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Flops of matrix products by torch's counter, those that are added in place included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_in_place}) as counter:
+        work()
+    return int(counter.get_total_flops())
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,12 +22,14 @@ from .spectrum import Spectrum
 from .threshold import Threshold, energy_threshold, table_threshold
 
 Form = Literal["equation6", "pivot", "cross"]
+BLOCK = 16
+"""Rows of the first block of a pivot."""
 
 
 class _Pivot:
     """The high pairs of a staircase, split at a corner: those in the first r rows, the others in the first c columns.
 
-    Rows and columns are cut into blocks that double in size, each as long as its longest row or column.
+    Rows and columns are cut into blocks that double in size (:func:`_blocks`), each as long as its longest one.
 
     Args:
         counts: (d_out,) of the staircase.
@@ -56,21 +58,21 @@ class _Pivot:
         """How many leading eigenvectors of G and of A it takes."""
         return int(self.heights[0]), int(self.counts[0])
 
-    def high(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
-        """U_G [ (U_Gᵀ X U_A) ⊙ (1 − M) ] U_Aᵀ."""
+    def project(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
+        """X − U_G [ (U_Gᵀ X U_A) ⊙ (1 − M) ] U_Aᵀ."""
         r, c, counts = self.rows, self.columns, self.counts
         T = U_G[:, :r].T @ X
         for start, end in _blocks(self.full, r):
             U = U_A[:, : int(counts[start])]
             inside = torch.arange(U.shape[1], device=X.device) < counts[start:end, None].to(X.device)
             T[start:end] = ((T[start:end] @ U) * inside) @ U.T
-        found = U_G[:, :r] @ T
+        left = torch.addmm(X, U_G[:, :r], T, alpha=-1)
         T = X @ U_A[:, :c]
         for start, end in _blocks(0, c):
             U = U_G[:, r : int(self.heights[start])]
             inside = torch.arange(start, end, device=X.device) < counts[r : r + U.shape[1], None].to(X.device)
             T[:, start:end] = U @ ((U.T @ T[:, start:end]) * inside)
-        return torch.addmm(found, T, U_A[:, :c].T)
+        return left.addmm_(T, U_A[:, :c].T, alpha=-1)
 
 
 def cross_overlap(one: "Subspace", other: "Subspace") -> float:
@@ -99,9 +101,9 @@ def cross_overlap(one: "Subspace", other: "Subspace") -> float:
 
 
 def _blocks(first: int, end: int) -> list[tuple[int, int]]:
-    """Blocks of 1, 2, 4, … from ``first``, the last one cut at ``end``."""
-    starts = [first + 2**k - 1 for k in range(max(end - first, 0).bit_length())]
-    return [(start, min(2 * start + 1 - first, end)) for start in starts if start < end]
+    """Blocks of 16, 32, 64, … from ``first``, the last one cut at ``end``: a product of fewer rows waits for memory."""
+    starts = [first + BLOCK * (2**k - 1) for k in range((max(end - first, 0) // BLOCK + 1).bit_length())]
+    return [(start, min(2 * start + BLOCK - first, end)) for start in starts if start < end]
 
 
 def _blocked(lengths: Tensor) -> Tensor:
@@ -196,7 +198,10 @@ class Subspace:
         d_out, d_in = self.shape
         if self.form == "pivot":
             return self._pivot.flops
-        return 4 * d_out * d_in * (d_out + d_in if self.form == "equation6" else sum(self._cross))
+        if self.form == "equation6":
+            return 4 * d_out * d_in * (d_out + d_in)
+        r, c = self._cross
+        return 4 * d_out * (d_in * (r + c) + r * c)
 
     @property
     def num_bytes(self) -> int:
@@ -244,23 +249,23 @@ class Subspace:
 
     def project(self, X: Tensor) -> Tensor:
         """P(X), the orthogonal projection of ``X`` (d_out, d_in) onto the subspace (paper, eq. 6)."""
-        if self.form == "equation6":
-            return self.from_coordinates(self.to_coordinates(X))
-        return X - self._high(X, self.spectrum.output_basis, self.spectrum.input_basis)
+        return self._project(X, self.spectrum.output_basis, self.spectrum.input_basis)
 
-    def _high(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
-        """X − P(X) with bases of ``X``'s dtype."""
+    def _project(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
+        """P(X) with bases of ``X``'s dtype."""
         if self.form == "equation6":
-            return U_G @ ((U_G.T @ X @ U_A) * (1 - self.mask)) @ U_A.T
+            return U_G @ ((U_G.T @ X @ U_A) * self.mask) @ U_A.T
         if self.form == "pivot":
-            return self._pivot.high(X, U_G, U_A)
+            return self._pivot.project(X, U_G, U_A)
         r, c = self._cross
-        of_rows = U_G[:, :r] @ (U_G[:, :r].T @ X)
-        return torch.addmm(of_rows, (X - of_rows) @ U_A[:, :c], U_A[:, :c].T)
+        U_G, U_A = U_G[:, :r], U_A[:, :c]
+        columns = X @ U_A
+        columns -= U_G @ (U_G.T @ columns)  # those in the rows go with them
+        return torch.addmm(X, U_G, U_G.T @ X, alpha=-1).addmm_(columns, U_A.T, alpha=-1)
 
     def share_outside(self, X: Tensor) -> float:
         """‖P(X) − X‖ / ‖X‖ in Frobenius norm, evaluated in float64; 0 for X = 0."""
         double = X.double()
-        high = self._high(double, self.spectrum.output_basis.double(), self.spectrum.input_basis.double())
+        inside = self._project(double, self.spectrum.output_basis.double(), self.spectrum.input_basis.double())
         norm = double.norm()
-        return float(high.norm() / norm) if norm > 0 else 0.0
+        return float((double - inside).norm() / norm) if norm > 0 else 0.0
