@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .costs import Shape, eigh_flops, nystrom_flops
+from .costs import EIGH_BYTES, Shape, eigh_flops, nystrom_flops
 from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
@@ -150,18 +150,18 @@ def choose(shape: Shape, kind: Kind, energy: float, ranks: tuple[float, float] |
             side.cubes = 2 * rank**3
             side.flops = nystrom_flops(side.size, dense=False) - eigh_flops(1) * side.cubes
         subspace = _cross(_spectrum(inputs, outputs, (inputs.known, outputs.known)), energy)
-        working = 32 * max(inputs.known, outputs.known) ** 2
+        working = EIGH_BYTES * max(inputs.known, outputs.known) ** 2
     elif coordinates_cost_little(shape):
         inputs.diagonalise()
         outputs.diagonalise()
         subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy)
-        working = 32 * max(shape) ** 2
+        working = EIGH_BYTES * max(shape) ** 2
     else:
         r, c = _search_cross(inputs, outputs, energy)
         subspace = _cross(_spectrum(inputs, outputs, (c + 1, r + 1)), energy)
-        # of both the float64 matrix and basis; of one that is diagonalised, vectors and LAPACK's workspace too
+        # of both the float64 matrix and basis; of one that is diagonalised, another matrix and LAPACK's workspace too
         working = sum(8 * side.size * (side.size + side.held) for side in (inputs, outputs))
-        working += max((24 * side.size**2 for side in (inputs, outputs) if side.whole), default=0)
+        working += max(((EIGH_BYTES - 8) * side.size**2 for side in (inputs, outputs) if side.whole), default=0)
     return Choice(
         update=chosen_update(subspace),
         subspace=subspace,

@@ -27,6 +27,10 @@ EIGH = 9
 """Flops of a full diagonalisation of an n × n matrix, times n³: reduction to tridiagonal form 4/3, divide and conquer
 4/3 to 4, the eigenvectors back again 2, in a mix of fast and slow products (Golub & Van Loan, section 8.3)."""
 
+EIGH_BYTES = 32
+"""Bytes per number of the widest factor while it is diagonalised: float64 matrix, eigenvectors, and LAPACK's workspace
+of twice that size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCosts:

@@ -16,6 +16,7 @@ import torch
 from .assumed import choose
 from .checkpoint import Form
 from .costs import (
+    EIGH_BYTES,
     Shape,
     StepFlops,
     answer_flops,
@@ -50,9 +51,6 @@ SAMPLED = 64
 """Of the batches of an epoch so many are put together as the edit will, to count their tokens."""
 UNDECIDED = 0.25
 """The share of the answers that drafts do not decide when the edited model is first asked: of rephrases, mostly."""
-EIGH_BYTES = 32
-"""Bytes per number of the widest factor while it is diagonalised: float64 matrix, eigenvectors, and LAPACK's workspace
-of twice that size."""
 SLACK = 1.4
 """Tensors that come and go in a pass take so many times what is alive: an allocator keeps what does not fit again."""
 RETAINED = 0.65
@@ -423,7 +421,10 @@ class _Planner:
     def _passing(self) -> float:
         """Bytes of the largest batch of texts in the pass; 0 without one."""
         tokens = max((max(lengths) * len(lengths) for half in self.work.halves for lengths in half), default=0)
-        return SLACK * (self._kept(tokens, self.above) + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model))
+        return SLACK * (
+            self._kept(tokens, self.above, self.settings.dtype)
+            + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model)
+        )
 
     def _after(self, transient: float) -> float:
         """What tensors that come and go take in a later stage: at least what the pass over the texts left."""
@@ -489,7 +490,10 @@ class _Planner:
         work, logit = self.work, 4 * vocabulary(self.work.model)
         # originals of the loop, gradients of W and of the parameter, Adam's two moments
         looping = 4 * 5 * self.entries + 4 * 3 * max(d_out * d_in for d_out, d_in in self.shapes)
-        activations = max(self._kept(s.computed, self.above) + s.labels * LOGIT_COPIES * logit for s in self.sizes)
+        dtype = torch.bfloat16 if work.mixed else self.settings.dtype
+        activations = max(
+            self._kept(s.computed, self.above, dtype) + s.labels * LOGIT_COPIES * logit for s in self.sizes
+        )
         if work.mixed and self.settings.dtype == torch.float32:  # autograd keeps the weights as they were cast
             activations += self.above * 2 * sum(p.numel() for p in decoder_blocks(work.model)[1][-1].parameters())
         # of a recorded batch what goes through a block; of the rows that are checked all logits
@@ -512,7 +516,9 @@ class _Planner:
         blocks = self.above * (self.speed.forward(alike) + self.speed.backward(alike))
         heads = 2 * head_flops(self.work.model) * size.positions / self.speed.head
         logits = size.labels * vocabulary(self.work.model) * self.speed.logit
-        products = self._rule_flops(size.computed) + 2 * self.entries * size.computed  # in float32
+        d_out, d_in = self.shapes[0]
+        # in float32: the first matrix times its recorded inputs, and the gradients of all
+        products = self._rule_flops(size.computed) + 2 * d_out * d_in * size.tokens + 2 * self.entries * size.computed
         moved = 6 * 4 * self.entries / self.speed.copied  # mask, coordinates, sum and copy
         return blocks + heads + logits + products / self.speed.float32 + self.entries * self.speed.adam + moved
 
@@ -584,11 +590,11 @@ class _Planner:
         block = self.blocks[-1]
         return (block.linear * tokens + block.attention * pairs) / (block.linear + block.attention * self.speed.row)
 
-    def _kept(self, tokens: int, blocks: int) -> int:
+    def _kept(self, tokens: int, blocks: int, dtype: torch.dtype) -> int:
         """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
         top = self.blocks[len(self.blocks) - blocks :] if blocks else ()
         width = sum(d_in + 2 * d_out for d_out, d_in in self.shapes)
-        return tokens * (sum(block.kept_bytes(self.settings.dtype) for block in top) + 4 * width)
+        return tokens * (sum(block.kept_bytes(dtype) for block in top) + 4 * width)
 
     def _pass_seconds(
         self, lengths: Sequence[int], differentiated: int | None = None, logits: int | None = None
