@@ -582,7 +582,8 @@ class _Planner:
         if seconds is not None:
             seconds = 2 * seconds + self.stored / WRITE_RATE + self.stored / READ_RATE
         flops = 2 * answer_flops(work.model, asked, MAX_NEW_TOKENS)
-        return self._stage("save", num_bytes + self._after(second), flops, seconds)
+        # what is read has pages of its own: it does not go where freed memory was
+        return self._stage("save", num_bytes + self._after(0) + second, flops, seconds)
 
     def _alike(self, tokens: int, pairs: int) -> float:
         """How many tokens, in rows as they were measured, take as many flops of a block as a batch does."""
