@@ -78,7 +78,13 @@ def edit_measured(arguments: list[str]) -> None:
 
     stages.wrap(Curvature, "estimate", "curvature")
     stages.wrap(editing, "_subspaces", "diagonalise")
-    stages.wrap(editor, "fine_tune", "edit")
+    edit = editor.edit
+
+    def staged(*given: Any) -> Iterator[Any]:
+        with stages.stage("edit"):  # with the rules and their bases, and not the loop alone
+            yield from edit(*given)
+
+    editor.edit = staged
     stages.wrap(editing.EditResult, "save", "save")
     status = cli._run(arguments)
     stages.flush("")

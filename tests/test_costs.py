@@ -1,5 +1,7 @@
 """Counts of flops and bytes, against what torch counts as it runs, and against formulas worked out by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -9,8 +11,6 @@ from crispedit.costs import (
     answer_flops,
     block_costs,
     cached_bytes,
-    coordinate_flops,
-    cross_flops,
     factor_bytes,
     recorded_bytes,
     recording_flops,
@@ -19,14 +19,21 @@ from crispedit.costs import (
     weight_bytes,
 )
 from crispedit.factors import FactorSums, estimate_factors
+from crispedit.forward import BatchSize, batch_size, collate, collate_packed, pair_cost
 from crispedit.models import edit_matrices
+from crispedit.replay import row_logits
 from crispedit.rows import EditRow
-from crispedit.subspace import Subspace
 from crispedit.texts import pad
 from families import FAMILIES, tiny_model
 
-ROWS = [EditRow(tuple(range(5, 21)), 10)] * 3
-"""Three rows of 16 tokens, 6 of them of the target."""
+WHOLE = BatchSize(tokens=48, sequences=3, length=16, positions=48, labels=48)
+"""Three rows of 16 tokens, all of them predicted."""
+ROWS = [
+    EditRow((5, 6, 7, 8, 9, 10), 3),
+    EditRow((5, 6, 7, 18, 19, 20, 21, 22), 5),
+    EditRow((5, 6, 7, 8, 9, 30), 3),  # 10 and 30 are predicted at one position, 8 and 9 at two that are shared
+    EditRow((40, 41, 42), 2),
+]
 
 
 def counted(run) -> int:
@@ -49,11 +56,11 @@ def test_a_full_step_costs_what_torch_counts(name, layers):
     model = eager(name)
     matrices = edit_matrices(model, layers)
     weights = [matrix.parameter.requires_grad_() for matrix in matrices]
-    ids = torch.tensor([row.ids for row in ROWS])
+    ids = torch.arange(5, 21).expand(3, -1)
     losses = []
     forward = counted(lambda: losses.append(model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()))
     backward = counted(lambda: torch.autograd.grad(losses[0], weights))
-    found = step_flops(model, matrices, ROWS, replay=False)
+    found = step_flops(model, matrices, [WHOLE], replay=False)
     assert (found.forward, found.backward) == (forward, backward)
 
 
@@ -82,32 +89,52 @@ def test_answers_cost_what_torch_counts(name):
     assert answer_flops(model, [12], 7) == found
 
 
-def test_a_replayed_step_by_hand():
-    """A Llama of 4 blocks, hidden 32, inner 48, 4 heads of 8 with 2 of keys; layers 1 and 2 are edited."""
-    model = tiny_model("llama")
-    vocabulary = model.config.vocab_size
-    tokens, targets, squares = 48, 18, 3 * 16**2
-    attention_maps = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32)
-    mlp, down = 2 * 3 * 32 * 48, 2 * 32 * 48
-    scores = 2 * 4 * 32 * squares  # of two blocks
-    above = 2 * attention_maps * tokens + mlp * (tokens + targets)
-    head = 2 * 32 * vocabulary * targets
-    found = step_flops(model, edit_matrices(model, [1, 2]), ROWS, replay=True, rule_flops=5)
-    assert found.forward == down * tokens + above + scores + head
-    assert found.backward == above + 2 * scores + head + 2 * down * tokens
-    assert found.update == 5
-    assert found.total == found.forward + found.backward + 5
-    last = step_flops(model, edit_matrices(model, [3]), ROWS, replay=True)
-    assert (last.forward, last.backward) == (down * targets + head, down * targets + head)
+@pytest.mark.parametrize("rows", [ROWS, [EditRow(tuple(range(5, 21)), 10)] * 3, ROWS[3:]])
+def test_the_size_of_a_batch_is_that_of_the_batch(rows):
+    cost = pair_cost(tiny_model("llama"))
+    for packed in (False, True):
+        batch = collate_packed(rows, cost) if packed else collate(rows)
+        sequences, length = batch.ids.shape
+        assert batch_size(rows, cost if packed else None) == BatchSize(
+            tokens=len(batch.real),
+            sequences=sequences,
+            length=length,
+            positions=len(batch.positions),
+            labels=len(batch.labels),
+        )
 
 
-def test_what_is_recorded_by_hand():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layers", [[1, 2], [2, 3], [3]])
+def test_a_replayed_step_costs_what_torch_counts(name, layers):
+    """Equal again: rows that share tokens, packed, from the input of the first edited matrix on."""
+    model = eager(name)
+    matrices = edit_matrices(model, layers)
+    logits = row_logits(model, matrices, ROWS)
+    assert logits.start == "matrix"
+    weights = [matrix.parameter.requires_grad_() for matrix in matrices]
+    size = batch_size(ROWS, pair_cost(model) if logits.packed else None)
+    found = step_flops(model, matrices, [size], replay=True, rule_flops=5)
+    losses = []
+    forward = counted(lambda: losses.append(logits([0, 1, 2, 3])[0].logsumexp(-1).sum()))
+    backward = counted(lambda: torch.autograd.grad(losses[0], weights))
+    assert (found.forward, found.backward) == (forward, backward)
+    assert found.total == forward + backward + 5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_recording_costs_what_torch_counts(name):
+    """Of everything up to the end of the first edited block, in one batch of all rows."""
+    model = eager(name)
     matrices = edit_matrices(model, [1, 2])
-    whole = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
-    assert recording_flops(model, matrices, ROWS) == 48 * (2 * whole - 2 * 32 * 48) + 2 * 4 * 32 * 3 * 16**2
-    assert recorded_bytes(model, matrices, ROWS, torch.bfloat16) == 48 * (48 + 32) * 2
-    assert cached_bytes(model, torch.float32) == 2 * 16 * 4 * 4  # keys and values, two heads of 8, four blocks
+    size = batch_size(ROWS, pair_cost(model))
+    logits = row_logits(model, matrices, ROWS)
+    assert counted(lambda: logits.record(matrices[0])) == recording_flops(model, matrices, [size])
+    assert logits.num_bytes == recorded_bytes(model, matrices, size.tokens, torch.float32)
+
+
+def test_what_is_kept_of_an_answer_by_hand():
+    assert cached_bytes(tiny_model("llama"), torch.float32) == 2 * 16 * 4 * 4  # keys, values: 2 heads of 8; 4 blocks
 
 
 def test_a_block_without_an_mlp_of_its_own():
@@ -123,7 +150,7 @@ def test_a_block_without_an_mlp_of_its_own():
 
 
 def test_the_paper_s_model_on_no_device():
-    """LLaMA-3-8B: 8.03 billion parameters; design, section 6: 4.3 TFLOP a projection, 7.5 for 500 tokens forward."""
+    """LLaMA-3-8B: 8.03 billion parameters; design, section 6: 7.5 TFLOP for 500 tokens forward."""
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
@@ -132,9 +159,9 @@ def test_the_paper_s_model_on_no_device():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     matrices = edit_matrices(model, range(19, 24))
     assert weight_bytes(model, torch.bfloat16) == pytest.approx(16.06e9, rel=1e-3)
-    assert coordinate_flops(matrices[0].shape) == pytest.approx(4.3e12, rel=0.01)  # two digits are given
-    rows = [EditRow(tuple(range(20)), 15)] * 25
-    full, replayed = (step_flops(model, matrices, rows, replay=replay) for replay in (False, True))
+    every = BatchSize(tokens=500, sequences=25, length=20, positions=500, labels=500)
+    targets = dataclasses.replace(every, positions=125, labels=125)
+    full, replayed = (step_flops(model, matrices, [b], replay=r) for b, r in ((every, False), (targets, True)))
     assert full.forward == pytest.approx(7.5e12, rel=0.01)
     assert replayed.forward < 12 / 32 * full.forward  # 12 blocks are above the first edited one
     assert replayed.backward < full.backward
@@ -166,13 +193,3 @@ def test_factor_bytes_are_those_of_the_sums(kind):
     shapes = [(24, 40), (10, 3)]
     sums = [FactorSums(shape, torch.device("cpu"), kind) for shape in shapes]
     assert factor_bytes(shapes, kind) == sum(s.A.total.nbytes + s.G.total.nbytes for s in sums)
-
-
-def test_a_projection_off_a_cross_is_the_subspace_s():
-    from crispedit.spectrum import Spectrum
-
-    values = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    spectrum = Spectrum.of(torch.diag(values), torch.diag(values[:8]))
-    subspace = Subspace.of(spectrum, 0.5, "cross")
-    r, c = subspace.threshold.cross
-    assert cross_flops((8, 12), r, c) == 2 * subspace.flops  # the gradient, and the change

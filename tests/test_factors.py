@@ -22,9 +22,9 @@ from crispedit.factors import (
     dense_bytes,
     estimate_factors,
     estimate_second_moments,
-    free_memory,
     merge_factors,
 )
+from crispedit.memory import free_memory
 from crispedit.models import edit_matrices
 from crispedit.moments import Sketch
 from crispedit.spectrum import Spectrum

@@ -498,9 +498,9 @@ def test_mixed_precision_gives_the_same_edit(family, dtype):
 )
 def test_mixed_precision_is_used_where_the_hardware_has_it(monkeypatch, precision, dtype, amx, mixed):
     monkeypatch.setattr("crispedit.training.torch.cpu._is_amx_tile_supported", lambda: amx)
-    assert mixed_precision(precision, tiny_llama(dtype)) is mixed
+    assert mixed_precision(precision, dtype, torch.device("cpu")) is mixed
 
 
 def test_another_precision_is_refused():
     with pytest.raises(ConfigError, match="precision is 'float8'; it must be one of auto, float32, bfloat16"):
-        mixed_precision("float8", tiny_llama())
+        mixed_precision("float8", torch.float32, torch.device("cpu"))

@@ -3,10 +3,9 @@
 A multiplication and an addition are two flops. Counted are matrix products: the linear maps of the decoder blocks, read
 off their modules, so that grouped queries, gated and plain MLPs need no case of their own; attention's scores and the
 sums that they weigh, over whole rows, as kernels without a causal shortcut compute them; the head. Left out are norms,
-activation functions, rotary embeddings and padding, a few flops per number, and what a kernel recomputes in its
-backward pass. (What is computed in a step, and why: CrispEdit, arXiv 2602.15823, Algorithm 1; the counts of section 6
-of the project's design, 4.3 TFLOP for a projection of LLaMA-3-8B's matrices and 7.5 for a forward pass of 500 tokens,
-come out of these functions.)
+activation functions and rotary embeddings, a few flops per number, and what a kernel recomputes in its backward pass.
+(What is computed in a step, and why: CrispEdit, arXiv 2602.15823, Algorithm 1; section 6 of the
+project's design counts 7.5 TFLOP for a forward pass of LLaMA-3-8B over 500 tokens, as these functions do.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,9 +16,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .forward import BatchSize
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import Kind, sketch_rank
-from .rows import EditRow
 
 Shape = tuple[int, int]
 """(d_out, d_in) of a matrix."""
@@ -27,6 +26,10 @@ Shape = tuple[int, int]
 EIGH = 9
 """Flops of a full diagonalisation of an n × n matrix, times n³: reduction to tridiagonal form 4/3, divide and conquer
 4/3 to 4, the eigenvectors back again 2, in a mix of fast and slow products (Golub & Van Loan, section 8.3)."""
+
+EIGH_BYTES = 32
+"""Bytes per number of the widest factor while it is diagonalised: float64 matrix, eigenvectors, and LAPACK's workspace
+of twice that size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,76 +152,89 @@ def weight_bytes(model: Any, dtype: torch.dtype) -> int:
     return int(sum(p.numel() for p in model.parameters()) * dtype.itemsize)
 
 
-def _totals(rows: Sequence[EditRow]) -> tuple[int, int, int]:
-    """Tokens, target tokens, and the sum of the squared lengths."""
-    lengths = [len(row.ids) for row in rows]
-    return sum(lengths), sum(len(row.ids) - row.prompt_length for row in rows), sum(n * n for n in lengths)
-
-
 def step_flops(
-    model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow], *, replay: bool, rule_flops: int = 0
+    model: Any, matrices: Sequence[EditMatrix], batches: Sequence[BatchSize], *, replay: bool, rule_flops: int = 0
 ) -> StepFlops:
-    """Flops of one edit step.
+    """Flops of edit steps, one for each batch.
 
     In full, as published code does it, everything from the embedding on is computed at every position, logits too;
     gradients flow back to the first edited matrix. With replay, what lies before the first edited matrix has been
-    recorded: computed are that matrix, the blocks above its own, the MLP of the last block and the head at target
-    positions only. Backward, a linear map costs what it costs forward for the gradient of its input, and as much again
-    for that of an edited matrix; attention twice its forward pass.
+    recorded: computed are that matrix at the real tokens, the blocks above its own, and the MLP of the last block and
+    the head where target tokens are predicted. Backward, a linear map costs what it costs forward for the gradient of
+    its input, and as much again for that of an edited matrix; attention twice its forward pass.
 
     Args:
         model: A dense causal LM, on any device; ``meta`` will do.
         matrices: What is edited, in ascending order of layers.
-        rows: The batch; padding is not counted.
+        batches: Their sizes; in full, every position counts as one where something is predicted.
         replay: Whether what the edit cannot change is replayed.
-        rule_flops: Of the update rules of all matrices together (:func:`coordinate_flops`, ``Subspace.flops``).
+        rule_flops: Of the update rules of all matrices and steps together (:func:`crispedit.updates.step_flops`).
 
     Returns:
         The counts.
     """
     blocks, first = block_costs(model), matrices[0].layer
-    tokens, targets, squares = _totals(rows)
-    wanted = targets if replay else tokens  # where logits are computed, and the MLP of the last block
+    computed, wanted = sum(batch.computed for batch in batches), sum(batch.positions for batch in batches)
+    real, pairs = sum(batch.tokens for batch in batches), sum(batch.pairs for batch in batches)
 
     def weight_gradient(matrix: EditMatrix) -> int:
         d_out, d_in = matrix.shape
-        return 2 * d_out * d_in * (wanted if matrix.layer == len(blocks) - 1 else tokens)
+        if replay and matrix is matrices[0]:
+            return 2 * d_out * d_in * real
+        return 2 * d_out * d_in * (wanted if matrix.layer == len(blocks) - 1 else computed)
 
-    above, attention = _above(blocks, first, tokens, wanted, squares)
+    above, attention = _above(blocks, first, computed, wanted, pairs)
     head = head_flops(model) * wanted
     backward = head + above + 2 * attention + sum(weight_gradient(matrix) for matrix in matrices)
     if replay:
         forward = weight_gradient(matrices[0]) + above + attention + head  # W a costs what its gradient costs
     else:
-        forward = _forward(blocks, tokens, squares) + head
+        forward = _forward(blocks, computed, pairs) + head
     return StepFlops(forward=forward, backward=backward, update=rule_flops)
 
 
-def _forward(blocks: Sequence[BlockCosts], tokens: int, squares: int) -> int:
+def _forward(blocks: Sequence[BlockCosts], tokens: int, pairs: int) -> int:
     """Flops of blocks over rows."""
-    return sum(block.linear * tokens + block.attention * squares for block in blocks)
+    return sum(block.linear * tokens + block.attention * pairs for block in blocks)
 
 
-def _above(blocks: Sequence[BlockCosts], first: int, tokens: int, wanted: int, squares: int) -> tuple[int, int]:
+def _above(blocks: Sequence[BlockCosts], first: int, tokens: int, wanted: int, pairs: int) -> tuple[int, int]:
     """Flops of the linear maps and of the attention in the blocks above one; the last MLP at the wanted positions."""
     above = blocks[first + 1 :]
     linear = sum(block.linear * tokens for block in above)
     if above:
         linear -= above[-1].mlp * (tokens - wanted)
-    return linear, sum(block.attention * squares for block in above)
+    return linear, sum(block.attention * pairs for block in above)
 
 
-def recording_flops(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow]) -> int:
-    """Flops of what is computed once for the replay: everything up to the input of the first edited matrix."""
-    tokens, _, squares = _totals(rows)
-    d_out, d_in = matrices[0].shape
-    return _forward(block_costs(model)[: matrices[0].layer + 1], tokens, squares) - 2 * d_out * d_in * tokens
+def recording_flops(model: Any, matrices: Sequence[EditMatrix], batches: Sequence[BatchSize]) -> int:
+    """Flops of what is computed once for the replay: all blocks up to that of the first edited matrix.
+
+    Args:
+        model: A dense causal LM, on any device; ``meta`` will do.
+        matrices: What is edited, in ascending order of layers.
+        batches: Sizes of the batches that are recorded.
+
+    Returns:
+        The count.
+    """
+    blocks = block_costs(model)[: matrices[0].layer + 1]
+    return sum(_forward(blocks, batch.computed, batch.pairs) for batch in batches)
 
 
-def recorded_bytes(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow], dtype: torch.dtype) -> int:
-    """Bytes of what is kept for the replay: per token the first matrix's input, and the rest of its block's output."""
-    numbers = matrices[0].shape[1] + int(text_config(model).hidden_size)
-    return sum(len(row.ids) for row in rows) * numbers * dtype.itemsize
+def recorded_bytes(model: Any, matrices: Sequence[EditMatrix], tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of what is kept for the replay: per token the first matrix's input, and the rest of its block's output.
+
+    Args:
+        model: A dense causal LM, on any device; ``meta`` will do.
+        matrices: What is edited, in ascending order of layers.
+        tokens: How many are recorded.
+        dtype: The model's.
+
+    Returns:
+        The count.
+    """
+    return tokens * (matrices[0].shape[1] + int(text_config(model).hidden_size)) * dtype.itemsize
 
 
 def texts_flops(
@@ -272,18 +288,6 @@ def answer_flops(model: Any, prompts: Sequence[int], new_tokens: int) -> int:
     return total
 
 
-def coordinate_flops(shape: Shape) -> int:
-    """Flops per step of training coordinates in the Kronecker eigenbasis: the gradient there, the change back."""
-    d_out, d_in = shape
-    return 4 * d_out * d_in * (d_out + d_in)
-
-
-def cross_flops(shape: Shape, rows: int, columns: int) -> int:
-    """Flops per step of projecting gradient and change off a cross of so many rows and columns."""
-    d_out, d_in = shape
-    return 8 * d_out * d_in * (rows + columns)
-
-
 def eigh_flops(size: int) -> int:
     """Flops of the full diagonalisation of a factor."""
     return EIGH * size**3
@@ -311,8 +315,3 @@ def _columns(size: int, kind: Kind) -> int:
 def factor_bytes(shapes: Sequence[Shape], kind: Kind) -> int:
     """Bytes of the float32 factors A and G of matrices: n² numbers of a dense one, n ℓ of a sketch."""
     return sum(4 * size * _columns(size, kind) for shape in shapes for size in shape)
-
-
-def spectrum_bytes(shapes: Sequence[Shape], kind: Kind) -> int:
-    """Bytes of the float32 eigenvectors and float64 eigenvalues of both factors of matrices."""
-    return factor_bytes(shapes, kind) + sum(8 * _columns(size, kind) for shape in shapes for size in shape)

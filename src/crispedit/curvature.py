@@ -33,10 +33,10 @@ from .factors import (
     choose_kind,
     estimate_factors,
     estimate_second_moments,
-    free_memory,
     merge_factors,
 )
 from .halves import factors_of_halves, pass_key, token_halves
+from .memory import free_memory
 from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash
 from .moments import Kind, Moment, Sketch
 from .progress import Progress, log, no_progress

@@ -145,6 +145,21 @@ def _symmetric(matrix: Tensor, name: str) -> Tensor:
     return double
 
 
+def grown(size: int, basis: int, count: int) -> int | None:
+    """How large the basis of a search will be after some more blocks.
+
+    Args:
+        size: n.
+        basis: Vectors in the basis so far.
+        count: How many pairs are wanted.
+
+    Returns:
+        Vectors in the basis; ``None`` where a full diagonalisation is cheaper.
+    """
+    goal = basis + max(4 * BLOCK, basis // 10)
+    return None if size <= DENSE_SIZE or max(goal, count) > DENSE_SHARE * size else goal
+
+
 class TopSolver:
     """Finds the leading eigenpairs of one matrix, and more of them when asked again.
 
@@ -217,8 +232,8 @@ class TopSolver:
     def search(self, count: int) -> None:
         """Takes a few more blocks into the basis, to find ``count`` pairs; finds all if the basis grows too large."""
         n = len(self.matrix)
-        goal = self._m + max(4 * BLOCK, self._m // 10)
-        if n <= DENSE_SIZE or max(goal, count) > DENSE_SHARE * n:
+        goal = grown(n, self._m, count)
+        if goal is None:
             self._full = full_eigenpairs(self.matrix)
             self.values, self.residuals, self._known = self._full.values, self._full.residuals, n
             return

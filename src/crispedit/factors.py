@@ -67,27 +67,6 @@ def choose_kind(shapes: Sequence[tuple[int, int]], free_bytes: int) -> Kind:
     return "dense" if dense_bytes(shapes) <= free_bytes / 2 else "sketch"
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of the CPU, what the system can still hand out."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: half of what is there
-
-
-def resident_bytes() -> int:
-    """Bytes of main memory that this process takes; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """Both Kronecker factors of one matrix, as means over ``num_tokens`` tokens.

@@ -64,6 +64,35 @@ class RowBatch:
         return given
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """How much of edit rows a batch has.
+
+    Args:
+        tokens: Real ones, those that rows have in common once.
+        sequences: Of the batch.
+        length: Tokens of a sequence, with padding.
+        positions: Where target tokens are predicted, each once.
+        labels: The target tokens of all rows.
+    """
+
+    tokens: int
+    sequences: int
+    length: int
+    positions: int
+    labels: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens, padding included."""
+        return self.sequences * self.length
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that a dense mask lets attention compute, those masked included."""
+        return self.sequences * self.length**2
+
+
 def collate(rows: Sequence[EditRow]) -> RowBatch:
     """Rows as a right-padded batch, one sequence each.
 
@@ -120,9 +149,7 @@ def collate_packed(rows: Sequence[EditRow], pair_cost: float) -> RowBatch:
     Returns:
         The batch, on the CPU.
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index].ids)  # neighbours share the most
-    best = min((_packs(rows, order, count) for count in (1, 2, 4, 8) if count <= len(rows)),
-               key=lambda packs: _cost(packs, pair_cost))  # fmt: skip
+    order, best = _packed(rows, pair_cost)
     length = max(len(pack.ids) for pack in best)
     slots: list[list[int]] = []
     for number, pack in enumerate(best):
@@ -135,6 +162,38 @@ def collate_packed(rows: Sequence[EditRow], pair_cost: float) -> RowBatch:
         mask=torch.stack([pack.reads(length) for pack in best])[:, None],
         position_ids=torch.tensor([pack.depths + [0] * (length - len(pack.ids)) for pack in best]),
     )
+
+
+def batch_size(rows: Sequence[EditRow], pair_cost: float | None) -> BatchSize:
+    """How large a batch rows make, found without making it.
+
+    Args:
+        rows: At least one, each of two tokens or more.
+        pair_cost: As :func:`collate_packed` takes it; ``None`` for rows that are not packed (:func:`collate`).
+
+    Returns:
+        The size.
+    """
+    labels = sum(len(row.ids) - row.prompt_length for row in rows)
+    if pair_cost is None:
+        lengths = [len(row.ids) - 1 for row in rows]
+        return BatchSize(tokens=sum(lengths), sequences=len(rows), length=max(lengths), positions=labels, labels=labels)
+    order, packs = _packed(rows, pair_cost)
+    prompts = iter([rows[index].prompt_length for index in order])
+    return BatchSize(
+        tokens=sum(len(pack.ids) for pack in packs),
+        sequences=len(packs),
+        length=max(len(pack.ids) for pack in packs),
+        positions=sum(len({slot for path in pack.paths for slot in path[next(prompts) - 1 :]}) for pack in packs),
+        labels=labels,
+    )
+
+
+def _packed(rows: Sequence[EditRow], pair_cost: float) -> tuple[list[int], list[_Pack]]:
+    """Rows in the order in which neighbours share the most, and in the packs that cost the least."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].ids)
+    every = (_packs(rows, order, count) for count in (1, 2, 4, 8) if count <= len(rows))
+    return order, min(every, key=lambda packs: _cost(packs, pair_cost))
 
 
 def _packs(rows: Sequence[EditRow], order: Sequence[int], count: int) -> list[_Pack]:

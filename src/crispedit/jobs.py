@@ -19,10 +19,10 @@ from .editors import find_editor
 from .edits import EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
 from .evaluation import evaluate
-from .factors import free_memory, resident_bytes
 from .generation import BATCH_TOKENS
 from .halves import token_halves
 from .judge import find_judge
+from .memory import free_memory, resident_bytes
 from .models import (
     BUNDLED,
     EditMatrix,
@@ -44,6 +44,7 @@ from .proof import PROOF_EDITS, spread
 from .rows import Prompter
 from .speed import measure_speed
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
+from .training import mixed_precision
 from .wild import questions
 
 BUNDLED_EDITS = "bundled:"
@@ -352,7 +353,12 @@ class PlanJob:
             known=texts is None,
             stored_dtype=loaded.stored_dtype,
             epochs=self.epochs,
-            retains=device.type == "cpu",
+            ranks={
+                name: (about["effective_rank"][0], about["effective_rank"][1])
+                for name, about in (manifest or {}).get("matrices", {}).items()
+            },
+            on_cpu=device.type == "cpu",
+            mixed=mixed_precision("auto", model.dtype, device),
             base_bytes=resident_bytes() if device.type == "cpu" else 0,
             base_seconds=time.process_time(),
         )

@@ -6,48 +6,51 @@ modules use: an upper estimate of each stage, beside which only small tensors st
 because its loss is low, takes less; the search for a learning rate takes some epochs more.
 """
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from .assumed import choose
 from .checkpoint import Form
 from .costs import (
+    EIGH_BYTES,
     Shape,
     StepFlops,
     answer_flops,
     block_costs,
     cached_bytes,
-    coordinate_flops,
-    cross_flops,
     eigh_flops,
     factor_bytes,
     head_flops,
     nystrom_flops,
     recorded_bytes,
     recording_flops,
-    spectrum_bytes,
     step_flops,
     texts_flops,
     vocabulary,
     weight_bytes,
 )
-from .description import DESCRIBED_WHOLE
+from .description import DESCRIBED_WHOLE, ENERGY
+from .editing import CHECKED
 from .errors import ConfigError
 from .factors import choose_kind
-from .generation import MAX_NEW_TOKENS
-from .models import EditMatrix, edit_matrices
+from .forward import BatchSize, batch_size, pair_cost
+from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
+from .models import EditMatrix, decoder_blocks, edit_matrices
 from .moments import Kind, sketch_rank
+from .proof import spread
+from .replay import CHECK_ROWS, MEMORY_SHARE, recorded_together, within_windows
 from .rows import EditRow
 from .speed import Speed
-from .training import rows_per_step
+from .training import batches, rows_per_step
 
-STATES_SHARE = 0.25
-"""Recorded states stay in memory if they take no more than this share of what is free, else in a file."""
-EIGH_BYTES = 32
-"""Bytes per number of the widest factor while it is diagonalised: float64 matrix, eigenvectors, and LAPACK's workspace
-of twice that size."""
+SAMPLED = 64
+"""Of the batches of an epoch so many are put together as the edit will, to count their tokens."""
+UNDECIDED = 0.25
+"""The share of the answers that drafts do not decide when the edited model is first asked: of rephrases, mostly."""
 SLACK = 1.4
 """Tensors that come and go in a pass take so many times what is alive: an allocator keeps what does not fit again."""
 RETAINED = 0.65
@@ -92,7 +95,7 @@ class Settings:
         batch_size: Edits per step, at most.
         mapped: Whether recorded states go to a file whatever their size.
         kind: Of the factors.
-        save: What is written at the end: a whole model is read again, to be asked, beside the one in memory.
+        save: What is written at the end: a whole model is read back, to be compared and asked; in the CPU's memory.
     """
 
     layers: tuple[int, ...]
@@ -134,7 +137,11 @@ class Workload:
         known: Whether the edit takes a curvature that is there already.
         stored_dtype: The checkpoint's.
         epochs: Passes over the rows, at most.
-        retains: Whether memory that is freed stays with the process, as on a CPU.
+        energy: γ of the edit.
+        ranks: Effective ranks of A and G by matrix name, where a curvature that is known says them.
+        on_cpu: Whether the model computes on the CPU: memory that is freed stays with the process, and the saved
+            model is read back into the same memory.
+        mixed: Whether steps compute in bfloat16 around float32 weights.
         base_bytes: What the process takes before it loads a weight; 0 where that is not the device's memory.
         base_seconds: What it takes to start it.
     """
@@ -148,9 +155,36 @@ class Workload:
     known: bool
     stored_dtype: torch.dtype
     epochs: int
-    retains: bool = False
+    energy: float = ENERGY
+    ranks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    on_cpu: bool = False
+    mixed: bool = False
     base_bytes: int = 0
     base_seconds: float = 0.0
+    _sizes: dict[int, list[BatchSize]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows of a batch share what they have in common, as far as the configuration says."""
+        return within_windows(self.model, self.rows)
+
+    def steps(self, rows: int) -> list[BatchSize]:
+        """Sizes of batches of so many rows, put together as the first epoch's are; of some if there are many."""
+        if rows not in self._sizes:
+            lengths = [len(row.ids) for row in self.rows]
+            every = batches(lengths, rows, random.Random(0), alike=not self.packed)
+            self._sizes[rows] = self._sized(spread(every, SAMPLED))
+        return self._sizes[rows]
+
+    def recording(self) -> list[BatchSize]:
+        """Sizes of the batches that are recorded."""
+        if 0 not in self._sizes:  # no step has no rows
+            self._sizes[0] = self._sized(recorded_together(self.model, self.rows, self.packed))
+        return self._sizes[0]
+
+    def _sized(self, groups: Sequence[Sequence[int]]) -> list[BatchSize]:
+        cost = pair_cost(self.model) if self.packed else None
+        return [batch_size([self.rows[index] for index in group], cost) for group in groups]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,26 +361,28 @@ class _Planner:
         self.above = len(self.blocks) - 1 - self.matrices[0].layer
         self.weights = weight_bytes(work.model, settings.dtype)
         self.stored = weight_bytes(work.model, work.stored_dtype)
+        self.choices = [
+            choose(matrix.shape, settings.kind, work.energy, work.ranks.get(matrix.name)) for matrix in self.matrices
+        ]
         self.factors = factor_bytes(self.shapes, settings.kind)
-        self.spectra = spectrum_bytes(self.shapes, settings.kind)
+        self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
         self.held = work.base_bytes + self.weights
-        self.recorded = recorded_bytes(work.model, self.matrices, work.rows, settings.dtype)
-        free = max(0, memory - self.held - self.factors - self.spectra)
-        self.mapped = settings.mapped or self.recorded > STATES_SHARE * free
+        recorded = sum(size.tokens for size in work.recording())
+        self.recorded = recorded_bytes(work.model, self.matrices, recorded, settings.dtype)
+        # what stands when there is something to record: beside what is held, parameter and its start
+        self.begun = self.held + self.factors + self.spectra + self._edited + self._rules + 4 * 2 * self.entries
+        self.mapped = settings.mapped or self.recorded > MEMORY_SHARE * max(0, memory - self.begun)
         self.batch = rows_per_step(len(work.rows), settings.batch_size)
+        self.sizes = work.steps(self.batch)
 
     def plan(self) -> Plan:
         """The plan."""
         steps = -(-len(self.work.rows) // self.batch) * self.work.epochs
-        every = self._epoch_flops()
-        per_epoch = max(1, steps // self.work.epochs)
-        step = StepFlops(
-            forward=every.forward // per_epoch, backward=every.backward // per_epoch, update=every.update // per_epoch
-        )
+        step = self._step()
         stages = [self._load()]
         if self.work.halves:
             stages.append(self._curvature())
-        stages += [self._diagonalise(), self._edit(every, steps), self._proof(), self._save()]
+        stages += [self._diagonalise(), self._edit(step, steps), self._proof(), self._save()]
         return Plan(
             settings=replace(self.settings, mapped=self.mapped),
             matrices=tuple((matrix.name, matrix.shape) for matrix in self.matrices),
@@ -368,7 +404,7 @@ class _Planner:
         widest = max(self.shapes, key=lambda shape: factor_bytes([shape], kind))
         one = factor_bytes([widest], kind)
         passing = self._passing()
-        described = 3 * spectrum_bytes([widest], "sketch" if self._sketched(max(widest)) else "dense")
+        described = 3 * factor_bytes([widest], "sketch" if self._sketched(max(widest)) else "dense")
         merging = 3 * one + described + self._eigh_bytes()
         lengths = [length for half in work.halves for batch in half for length in batch]
         flops = texts_flops(work.model, self.matrices, lengths, kind=kind)
@@ -385,11 +421,14 @@ class _Planner:
     def _passing(self) -> float:
         """Bytes of the largest batch of texts in the pass; 0 without one."""
         tokens = max((max(lengths) * len(lengths) for half in self.work.halves for lengths in half), default=0)
-        return SLACK * (self._kept(tokens, self.above) + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model))
+        return SLACK * (
+            self._kept(tokens, self.above, self.settings.dtype)
+            + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model)
+        )
 
     def _after(self, transient: float) -> float:
         """What tensors that come and go take in a later stage: at least what the pass over the texts left."""
-        return max(transient, RETAINED * self._passing() if self.work.retains else 0)
+        return max(transient, RETAINED * self._passing() if self.work.on_cpu else 0)
 
     def _sketched(self, size: int) -> bool:
         """Whether a factor of a size is described, or diagonalised, by a sketch."""
@@ -417,124 +456,146 @@ class _Planner:
         return EIGH_BYTES * size**2
 
     def _diagonalise(self) -> Stage:
-        """All eigenvectors of dense factors; of sketches, which the description has taken apart, the leading ones."""
-        size = max(max(shape) for shape in self.shapes)
-        dense = self.settings.kind == "dense"
-        working = EIGH_BYTES * (size if dense else sketch_rank(size)) ** 2
-        sizes = [size for shape in self.shapes for size in shape]
-        if dense:
-            flops, cubes = sum(map(eigh_flops, sizes)), sum(size**3 for size in sizes)
-        else:
-            flops, cubes = (
-                sum(nystrom_flops(n, dense=False) for n in sizes),
-                sum(2 * sketch_rank(n) ** 3 for n in sizes),
-            )
+        """The spectra that the subspaces take, matrix by matrix."""
+        choices, dense = self.choices, self.settings.kind == "dense"
+        working = max(choice.working_bytes for choice in choices)
+        cubes, products = sum(choice.cubes for choice in choices), sum(choice.flops for choice in choices)
         seconds = None
         if self.speed is not None:
-            seconds = cubes * self.speed.eigh + (0 if dense else (flops - cubes * eigh_flops(1)) / self.speed.float32)
+            seconds = cubes * self.speed.eigh + products / (self.speed.float64 if dense else self.speed.float32)
         num_bytes = self.held + self.factors + self.spectra + self._after(working)
-        return self._stage("diagonalise", num_bytes, flops, seconds)
+        return self._stage("diagonalise", num_bytes, sum(choice.total_flops for choice in choices), seconds)
 
-    def _epoch_flops(self) -> StepFlops:
-        """All steps of an epoch."""
-        flops = step_flops(self.work.model, self.matrices, self.work.rows, replay=True)
-        return replace(flops, update=-(-len(self.work.rows) // self.batch) * self._rule_flops())
+    def _step(self) -> StepFlops:
+        """A step of mean size."""
+        count, rules = len(self.sizes), sum(self._rule_flops(size.computed) for size in self.sizes)
+        every = step_flops(self.work.model, self.matrices, self.sizes, replay=True, rule_flops=rules)
+        return StepFlops(forward=every.forward // count, backward=every.backward // count, update=every.update // count)
 
-    def _rule_flops(self) -> int:
-        """Of the update rules of all matrices in one step: coordinates, or a cross no wider than a sketch knows."""
-        if self.settings.kind == "dense":
-            return sum(map(coordinate_flops, self.shapes))
-        return sum(cross_flops(shape, *(sketch_rank(size) for size in shape)) for shape in self.shapes)
+    def _rule_flops(self, tokens: int) -> int:
+        """Of the update rules of all matrices in one step."""
+        return sum(choice.step_flops(tokens) for choice in self.choices)
 
     @property
     def _edited(self) -> int:
-        """Bytes that the edited matrices take beside the model's: originals, and float32 for a lower dtype."""
+        """Bytes that the edited matrices take beside the model's: originals, and float32 in place of a lower dtype."""
         return 4 * self.entries
 
-    def _edit(self, every: StepFlops, steps: int) -> Stage:
+    @property
+    def _rules(self) -> int:
+        return sum(choice.rule_bytes for choice in self.choices)
+
+    def _edit(self, step: StepFlops, steps: int) -> Stage:
         """The loop: what came before the first matrix, recorded; then steps."""
-        work, dense = self.work, self.settings.kind == "dense"
-        # originals of the loop, parameter, its start, gradients of W and of the parameter, Adam's two moments; the mask
-        numbers = 7 + dense
-        largest = max(d_out * d_in for d_out, d_in in self.shapes)
-        rows = sorted(work.rows, key=lambda row: len(row.ids))[-self.batch :]
-        tokens = sum(len(row.ids) for row in rows)
-        targets = sum(len(row.ids) - row.prompt_length for row in rows)
-        activations = self._kept(tokens, self.above) + targets * 4 * LOGIT_COPIES * vocabulary(work.model)
-        num_bytes = self.held + self.factors + self.spectra + self._edited + 4 * (numbers * self.entries + 3 * largest)
-        num_bytes += 0 if self.mapped else self.recorded
-        recording = recording_flops(work.model, self.matrices, work.rows)
-        flops = recording + work.epochs * every.total
+        work, logit = self.work, 4 * vocabulary(self.work.model)
+        # originals of the loop, gradients of W and of the parameter, Adam's two moments
+        looping = 4 * 5 * self.entries + 4 * 3 * max(d_out * d_in for d_out, d_in in self.shapes)
+        dtype = torch.bfloat16 if work.mixed else self.settings.dtype
+        activations = max(
+            self._kept(s.computed, self.above, dtype) + s.labels * LOGIT_COPIES * logit for s in self.sizes
+        )
+        if work.mixed and self.settings.dtype == torch.float32:  # autograd keeps the weights as they were cast
+            activations += self.above * 2 * sum(p.numel() for p in decoder_blocks(work.model)[1][-1].parameters())
+        # of a recorded batch what goes through a block; of the rows that are checked all logits
+        recording = max(s.computed for s in work.recording()) * self.blocks[0].kept_bytes(self.settings.dtype)
+        checked = CHECK_ROWS * max(len(row.ids) for row in work.rows) * 2 * logit
+        transient = max(activations, recording, checked)
+        num_bytes = self.begun + looping + (0 if self.mapped else self.recorded)
+        flops = recording_flops(work.model, self.matrices, work.recording()) + steps * step.total
         seconds = None
         if self.speed is not None:
-            moved = 6 * 4 * self.entries / self.speed.copied  # mask, coordinates, sum and copy
-            update = self._rule_flops() / self.speed.float32 + self.entries * self.speed.adam + moved
-            lengths = [len(row.ids) for row in work.rows]
-            learned = sum(len(row.ids) - row.prompt_length for row in work.rows)
-            each = sum(lengths) * self.batch / len(lengths)  # tokens of a batch
-            weights = sum(2 * d_out * d_in for d_out, d_in in self.shapes) * sum(lengths) / self.speed.float32
-            heads = 2 * head_flops(work.model) * learned / self.speed.head
-            stepping = self.above * (self.speed.forward(each) + self.speed.backward(each))
-            below = (len(self.blocks) - self.above) * self.speed.forward(each)
-            per_epoch = steps // work.epochs
-            seconds = per_epoch * below + work.epochs * (per_epoch * (stepping + update) + weights + heads)
-        return self._stage("edit", num_bytes + self._after(SLACK * activations), flops, seconds)
+            below = len(self.blocks) - self.above
+            seconds = sum(below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
+            seconds += steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
+        return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds)
+
+    def _step_seconds(self, size: BatchSize) -> float:
+        """Of one batch: blocks above, head, loss, what is done with tokens and gradients of the matrices, Adam."""
+        assert self.speed is not None
+        alike = self._alike(size.computed, size.pairs)
+        blocks = self.above * (self.speed.forward(alike) + self.speed.backward(alike))
+        heads = 2 * head_flops(self.work.model) * size.positions / self.speed.head
+        logits = size.labels * vocabulary(self.work.model) * self.speed.logit
+        d_out, d_in = self.shapes[0]
+        # in float32: the first matrix times its recorded inputs, and the gradients of all
+        products = self._rule_flops(size.computed) + 2 * d_out * d_in * size.tokens + 2 * self.entries * size.computed
+        moved = 6 * 4 * self.entries / self.speed.copied  # mask, coordinates, sum and copy
+        return blocks + heads + logits + products / self.speed.float32 + self.entries * self.speed.adam + moved
 
     def _proof(self) -> Stage:
-        """Answers before, after, and after rounding; losses before and after; drift on held-out texts."""
+        """Answers before, after, and after rounding if there was any; losses before and after; drift on held-out texts.
+
+        The model is asked from nothing once; later its answers and the targets are drafts, and most are decided.
+        """
         work = self.work
+        same = work.stored_dtype == self.settings.dtype == torch.float32
+        later = 1 if same else 2
         per_token = cached_bytes(work.model, self.settings.dtype)
         cached = max((len(group) * (max(group) + MAX_NEW_TOKENS) for group in work.prompts), default=0) * per_token
         logits = max((max(batch) * len(batch) for batch in work.held_out), default=0) * vocabulary(work.model) * 4
-        widest = max(self.shapes, key=lambda shape: shape[0] * shape[1])
-        d_out, d_in = widest
-        outside = 8 * (5 * d_out * d_in + d_out**2 + d_in**2)  # a share outside a subspace, in float64
+        drafted = DRAFT_TOKENS * vocabulary(work.model) * self.settings.dtype.itemsize
+        d_out, d_in = max(self.shapes, key=lambda shape: shape[0] * shape[1])
+        # a share outside a subspace, in float64: the change, what is outside, and both bases
+        outside = 8 * 5 * d_out * d_in + 2 * max(choice.spectrum_bytes for choice in self.choices)
         held = self.held + self.factors + self.spectra + self._edited + 4 * self.entries * (3 + 1)
-        num_bytes = held + self._after(max(SLACK * cached, LOGIT_COPIES * logits, outside))
+        transient = max(SLACK * cached, LOGIT_COPIES * logits, outside, 3 * drafted)
         answers = sum(answer_flops(work.model, group, MAX_NEW_TOKENS) for group in work.prompts)
+        drafts = [length + MAX_NEW_TOKENS for group in work.prompts for length in group]
         lengths = [length for batch in work.held_out for length in batch]
-        lengths_twice = 2 * (lengths + [len(row.ids) for row in work.proof_rows])
-        reading = texts_flops(work.model, self.matrices, lengths_twice)
-        seconds = self._answer_seconds()
+        read = 2 * (lengths + [len(row.ids) for row in work.proof_rows]) + later * drafts
+        reading = texts_flops(work.model, self.matrices, read)
+        seconds = self._answer_seconds(work.prompts)
         if seconds is not None and self.speed is not None:
             shown = [len(row.ids) for row in work.proof_rows]
-            batches = [*work.held_out, *(shown[i : i + 8] for i in range(0, len(shown), 8))]
-            others = 2 * sum(self._pass_seconds(batch) for batch in batches)
-            outside_flops = 2 * sum(map(coordinate_flops, self.shapes))  # in float64, half as fast
+            held_out = [*work.held_out, *(shown[i : i + 8] for i in range(0, len(shown), 8))]
+            others = 2 * sum(self._pass_seconds(batch) for batch in held_out)
+            others += later * sum(map(self._pass_seconds, _in_batches(drafts)))
+            outside_flops = sum(choice.subspace.flops for choice in self.choices)
             compared = sum(lengths) * vocabulary(work.model) * self.speed.logit  # two losses, a divergence
-            seconds = 3 * seconds + others + outside_flops / self.speed.float32 + compared
-        return self._stage("proof", num_bytes, 3 * answers + reading.total, seconds)
+            seconds = (1 + UNDECIDED) * seconds + others + outside_flops / self.speed.float64 + compared
+        flops = int((1 + UNDECIDED) * answers) + reading.total
+        return self._stage("proof", held + self._after(transient), flops, seconds)
 
-    def _answer_seconds(self) -> float | None:
-        """Of all prompts once: a pass over each group, and one more for every new token."""
+    def _answer_seconds(self, prompts: Sequence[Sequence[int]]) -> float | None:
+        """Of prompts once: a pass over each group, and one more for every new token."""
         if self.speed is None:
             return None
         total = 0.0
-        for group in self.work.prompts:
+        for group in prompts:
             total += self._pass_seconds(group, logits=len(group))
             total += MAX_NEW_TOKENS * len(self.blocks) * self.speed.forward(len(group))
             total += MAX_NEW_TOKENS * len(group) * head_flops(self.work.model) / self.speed.head
         return total
 
     def _save(self) -> Stage:
-        """The model in its stored dtype, written; then read again beside the one in memory, and asked."""
+        """The model in its stored dtype, written; read back into the CPU's memory, and both asked a few questions."""
         work = self.work
         num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2
         if self.settings.save == "delta":
             written = 4 * self.entries
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
-        converted = self.stored if work.stored_dtype != self.settings.dtype else 0
-        answers = sum(answer_flops(work.model, group, MAX_NEW_TOKENS) for group in work.prompts)
-        seconds = self._answer_seconds()
+        # rounded to another dtype the weights are copied once to be written, and again to be asked
+        converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
+        second = max(converted, self.weights) if work.on_cpu else converted
+        asked = spread([length for group in work.prompts for length in group], CHECKED)
+        seconds = self._answer_seconds([asked] if asked else [])
         if seconds is not None:
-            seconds += self.stored / WRITE_RATE + self.stored / READ_RATE
-        return self._stage("save", num_bytes + self._after(max(converted, self.weights)), answers, seconds)
+            seconds = 2 * seconds + self.stored / WRITE_RATE + self.stored / READ_RATE
+        flops = 2 * answer_flops(work.model, asked, MAX_NEW_TOKENS)
+        # what is read has pages of its own: it does not go where freed memory was
+        return self._stage("save", num_bytes + self._after(0) + second, flops, seconds)
 
-    def _kept(self, tokens: int, blocks: int) -> int:
+    def _alike(self, tokens: int, pairs: int) -> float:
+        """How many tokens, in rows as they were measured, take as many flops of a block as a batch does."""
+        assert self.speed is not None
+        block = self.blocks[-1]
+        return (block.linear * tokens + block.attention * pairs) / (block.linear + block.attention * self.speed.row)
+
+    def _kept(self, tokens: int, blocks: int, dtype: torch.dtype) -> int:
         """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
         top = self.blocks[len(self.blocks) - blocks :] if blocks else ()
         width = sum(d_in + 2 * d_out for d_out, d_in in self.shapes)
-        return tokens * (sum(block.kept_bytes(self.settings.dtype) for block in top) + 4 * width)
+        return tokens * (sum(block.kept_bytes(dtype) for block in top) + 4 * width)
 
     def _pass_seconds(
         self, lengths: Sequence[int], differentiated: int | None = None, logits: int | None = None
@@ -547,10 +608,8 @@ class _Planner:
             logits: Positions whose logits are computed; all when omitted.
         """
         assert self.speed is not None
-        block, tokens = self.blocks[-1], sum(lengths)
-        measured = block.linear + block.attention * self.speed.row
-        flops = block.linear * tokens + block.attention * sum(n * n for n in lengths)
-        alike = flops / measured  # tokens in rows as they were measured that take as many flops
+        tokens = sum(lengths)
+        alike = self._alike(tokens, sum(n * n for n in lengths))
         seconds = len(self.blocks) * self.speed.forward(alike)
         heads = 1
         if differentiated is not None:
@@ -570,6 +629,16 @@ class _Planner:
         if self.mapped:
             found["recorded states, temporary"] = self.recorded
         return found
+
+
+def _in_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts with their drafts as they are run together."""
+    found: list[list[int]] = []
+    for length in lengths:
+        if not found or sum(found[-1]) + length > DRAFT_TOKENS:
+            found.append([])
+        found[-1].append(length)
+    return found
 
 
 def _name(dtype: torch.dtype) -> str:

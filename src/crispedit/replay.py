@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CrispEditError
-from .factors import free_memory
 from .forward import RowBatch, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
+from .memory import free_memory
 from .models import EditMatrix, decoder_blocks, intermediate_width, text_config
 from .progress import Progress, log, no_progress
 from .rows import EditRow
@@ -134,7 +134,7 @@ def row_logits(
     """
     if start == "whole":
         return RowLogits(model=model, rows=rows, start=start)
-    packed = _within_windows(model, rows) and _fits(
+    packed = within_windows(model, rows) and _fits(
         RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, "packing rows"
     )
     for attempt in STARTS[STARTS.index(start) : -1]:
@@ -144,8 +144,16 @@ def row_logits(
     return RowLogits(model=model, rows=rows, start="whole")
 
 
-def _within_windows(model: Any, rows: Sequence[EditRow]) -> bool:
-    """Whether no row is longer than what a layer attends to: the mask of packed rows knows of no sliding windows."""
+def within_windows(model: Any, rows: Sequence[EditRow]) -> bool:
+    """Whether no row is longer than what a layer attends to: the mask of packed rows knows of no sliding windows.
+
+    Args:
+        model: The causal LM, on any device.
+        rows: At least one.
+
+    Returns:
+        Whether rows may be packed, as far as that goes.
+    """
     config = text_config(model)
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return max(len(row.ids) for row in rows) <= min((window for window in windows if window), default=2**31)
@@ -203,6 +211,30 @@ def _check(found: RowLogits, matrices: Sequence[EditMatrix]) -> float:
     return worst if worst == worst else float("inf")
 
 
+def recorded_together(model: Any, rows: Sequence[EditRow], packed: bool) -> list[list[int]]:
+    """The batches in which rows are recorded: neighbours share the most, or pad the least.
+
+    Args:
+        model: The causal LM, on any device.
+        rows: The rows.
+        packed: Whether rows of a batch share the tokens that they have in common.
+
+    Returns:
+        Indices of rows, each once.
+    """
+    at_most = min(RECORD_TOKENS, 2**23 // intermediate_width(model))
+    order = sorted(range(len(rows)), key=lambda index: (0 if packed else len(rows[index].ids), rows[index].ids))
+    groups: list[list[int]] = []
+    tokens = 0
+    for index in order:
+        if not groups or tokens > at_most:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(index)
+        tokens += len(rows[index].ids)
+    return groups
+
+
 class _Unfit(CrispEditError):
     """A model is not made as a kind of replay supposes."""
 
@@ -233,13 +265,7 @@ class _Record:
     @torch.no_grad()
     def _fill(self, model: Any, rows: Sequence[EditRow], packed: bool, progress: Progress) -> None:
         """Runs the model up to the first edited block over all rows."""
-        at_most = min(RECORD_TOKENS, 2**23 // intermediate_width(model))
-        order = sorted(range(len(rows)), key=lambda index: (0 if packed else len(rows[index].ids), rows[index].ids))
-        groups: list[list[int]] = []
-        for index in order:
-            if not groups or sum(len(rows[i].ids) for i in groups[-1]) > at_most:
-                groups.append([])
-            groups[-1].append(index)
+        groups = recorded_together(model, rows, packed)
         batches = [_collated(model, [rows[index] for index in group], packed) for group in groups]
         self.num_tokens = sum(len(batch.sources) for batch in batches)
         first = done = 0

@@ -2,7 +2,7 @@
 
 One decoder block of the model at hand, with its shapes and in its dtype but without its weights, is run forward and
 backward, over few tokens and over many: a small batch is bound by overhead, a large one by products, or by memory. Then
-the head, a float32 product, a diagonalisation, a step of Adam and a copy of memory.
+the head, products, a diagonalisation, a step of Adam and a copy of memory.
 """
 
 import copy
@@ -35,6 +35,7 @@ class Speed:
         row: Tokens per row of these.
         head: Flops per second of a product with the head's matrix.
         float32: Flops per second of float32 products.
+        float64: Of float64 products.
         eigh: Seconds of a float64 diagonalisation, divided by n³.
         logit: Seconds per logit of drawing a label, of the loss of one and of its gradient.
         adam: Seconds of a step of Adam per number.
@@ -45,6 +46,7 @@ class Speed:
     row: int
     head: float
     float32: float
+    float64: float
     eigh: float
     logit: float
     adam: float
@@ -97,6 +99,7 @@ def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequen
         row=ROW,
         head=_product_rate(256, width, columns, device, model.dtype),
         float32=_product_rate(1024, 1024, 1024, device, torch.float32),
+        float64=_product_rate(16, 1024, 1024, device, torch.float64),  # blocks as a search for eigenpairs multiplies
         eigh=_eigh_seconds(size, device) / size**3,
         logit=_logit_seconds(columns, device),
         adam=_adam_seconds(device),

@@ -93,13 +93,14 @@ def edit_loss(model: Any, rows: Sequence[EditRow]) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), batch.labels.to(logits.device))
 
 
-def mixed_precision(precision: Precision, model: Any) -> bool:
+def mixed_precision(precision: Precision, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a step computes in bfloat16 around the float32 masters.
 
     Args:
         precision: ``bfloat16``, ``float32`` (the model's own dtype, that is), or ``auto``: bfloat16 where the
             hardware multiplies such matrices faster, a GPU from Ampere on or a CPU with AMX; never for a float16 model.
-        model: The causal LM, on its device.
+        dtype: The model's.
+        device: That it is on.
 
     Returns:
         Whether it does.
@@ -108,11 +109,11 @@ def mixed_precision(precision: Precision, model: Any) -> bool:
         ConfigError: ``precision`` is none of these.
     """
     check_choice("precision", precision, get_args(Precision))
-    if precision != "auto" or model.dtype == torch.float16:
+    if precision != "auto" or dtype == torch.float16:
         return precision == "bfloat16"
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_capability(model.device) >= (8, 0)
-    return model.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 class _Reading:
@@ -403,7 +404,7 @@ def fine_tune(
         ConfigError: There is no such ``precision``.
         NumericsError: A loss is not finite.
     """
-    mixed = mixed_precision(precision, model)
+    mixed = mixed_precision(precision, model.dtype, model.device)
     logits = row_logits(model, matrices, rows, start=start, progress=progress)
     loop = _Loop(
         logits=logits,

@@ -1,0 +1,38 @@
+"""How much memory there is, and how much this process takes."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """What a device can still give.
+
+    Args:
+        device: A GPU or the CPU.
+
+    Returns:
+        Bytes; of the CPU, what the system can hand out, caches that it would give up included.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: half of what is there
+
+
+def resident_bytes() -> int:
+    """What this process takes of main memory.
+
+    Returns:
+        Bytes; 0 where the system does not say.
+    """
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
