@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -285,7 +286,7 @@ def run(variant: str, args: argparse.Namespace) -> dict[str, Any]:
             result["recording"] = recorded[-1] - started
         result["peak_bytes"] = peak_memory(device)
         if args.weights is not None:
-            torch.save([m.weight.cpu() for m in matrices], args.weights)
+            save_file({m.name: m.weight.cpu() for m in matrices}, args.weights)
             return result
         result["peak_flops_per_second"] = matmul_throughput(device, args)
         if args.flops:  # after the measurements: it slows things down
@@ -365,8 +366,9 @@ def replay_difference(args: argparse.Namespace) -> float:
         for start in ("matrix", "whole"):
             path = Path(directory) / start
             child("our-ft", args, weights=path, start=start, epochs=1, count=20 * args.batch)
-            weights.append(torch.load(path, weights_only=True))
-    return max(float((one - other).norm() / other.norm()) for one, other in zip(*weights, strict=True))
+            weights.append(load_file(path))
+    replayed, whole = weights
+    return max(float((replayed[name] - truth).norm() / truth.norm()) for name, truth in whole.items())
 
 
 def report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .costs import EIGH_BYTES, Shape, eigh_flops, nystrom_flops
+from .curvature import default_constraint
 from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
 from .spectrum import Spectrum
 from .subspace import Subspace
 from .threshold import cross_threshold
-from .updates import Update, chosen_update, coordinates_cost_little, leading_counts, step_flops
+from .updates import Update, chosen_update, leading_counts, step_flops
 
 SETTLING, COLUMNS = 128, 2.7
 """Vectors of a basis before the first pair is known, and for every pair: measured on spectra like j^-0.8 to j^-1.2 of
@@ -151,7 +152,7 @@ def choose(shape: Shape, kind: Kind, energy: float, ranks: tuple[float, float] |
             side.flops = nystrom_flops(side.size, dense=False) - eigh_flops(1) * side.cubes
         subspace = _cross(_spectrum(inputs, outputs, (inputs.known, outputs.known)), energy)
         working = EIGH_BYTES * max(inputs.known, outputs.known) ** 2
-    elif coordinates_cost_little(shape):
+    elif default_constraint(kind, shape) == "staircase":
         inputs.diagonalise()
         outputs.diagonalise()
         subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy)

@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -189,9 +189,9 @@ class Curvature:
         """
         check_choice("constraint", constraint, ("auto", *get_args(Constraint)))
         if constraint == "auto":
-            dense = self.factors[name].dense
-            narrow = dense is not None and coordinates_cost_little((len(dense[1]), len(dense[0])))
-            constraint = "staircase" if narrow else "cross"
+            factors = self.factors[name]
+            kind: Kind = "sketch" if factors.dense is None else "dense"
+            constraint = default_constraint(kind, (len(factors.G), len(factors.A)))
         key = (name, energy, constraint)
         if key not in self._subspaces:
             self._subspaces[key] = self._subspace(*key)
@@ -386,9 +386,36 @@ class Curvature:
                 f"the curvature was computed with another tokenizer (sha256 {self.tokenizer[:12]}, this one has "
                 f"{tokenizer_hash(tokenizer)[:12]}); compute it with this one"
             )
-        if missing := [m for m in matrices if m.name not in self.factors]:
-            have = ", ".join(map(str, self.layers))
-            raise ConfigError(f"the curvature has no factors for layer {missing[0].layer}; it has layers {have}")
+        check_matrices(self.factors, self.layers, matrices)
+
+
+def default_constraint(kind: Kind, shape: tuple[int, int]) -> Constraint:
+    """What ``auto`` leaves out of a matrix: the staircase where coordinates in the whole eigenbasis cost little.
+
+    Args:
+        kind: Of its factors; sketches know no whole eigenbasis.
+        shape: (d_out, d_in).
+
+    Returns:
+        ``staircase`` or ``cross``.
+    """
+    return "staircase" if kind == "dense" and coordinates_cost_little(shape) else "cross"
+
+
+def check_matrices(known: Collection[str], layers: Sequence[int], matrices: Sequence[EditMatrix]) -> None:
+    """Refuses matrices of which a curvature knows nothing.
+
+    Args:
+        known: Names of those it has factors of.
+        layers: Their layers.
+        matrices: The matrices about to be edited.
+
+    Raises:
+        ConfigError: One of them has no factors.
+    """
+    if missing := [matrix for matrix in matrices if matrix.name not in known]:
+        have = ", ".join(map(str, layers))
+        raise ConfigError(f"the curvature has no factors for layer {missing[0].layer}; it has layers {have}")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from . import cache
 from .artifacts import read_json
 from .bundled import corpus, world
 from .checkpoint import load_edited, read_record
-from .curvature import Curvature, affordable_kind, read_manifest
+from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
 from .editing import EditResult
 from .editing import edit as edit_model
 from .editors import find_editor
@@ -371,11 +371,9 @@ def _lengths(batches: Sequence[TokenBatch]) -> list[list[int]]:
 
 def _check_planned(manifest: dict[str, Any], matrices: Sequence[EditMatrix]) -> None:
     """Refuses a curvature of other matrices; that its weights are these is checked when there are weights."""
+    check_matrices(manifest["matrices"], manifest["layers"], matrices)
     for matrix in matrices:
-        shape = manifest["matrices"].get(matrix.name, {})
-        if not shape:
-            have = ", ".join(map(str, manifest["layers"]))
-            raise ConfigError(f"the curvature has no factors for layer {matrix.layer}; it has layers {have}")
+        shape = manifest["matrices"][matrix.name]
         if (shape["d_out"], shape["d_in"]) != matrix.shape:
             raise ModelError(
                 f"the curvature was computed for '{manifest['model']}', whose {matrix.name} is "

@@ -255,6 +255,8 @@ def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     ]
     if not fitting:
         raise ModelError(f"{type(model).__name__} has no list of {expected} decoder blocks that crispedit can find")
+    if len(fitting) == 1:
+        return fitting[0]
     # by size: an embedder or an adapter may happen to have as many parts
     return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 

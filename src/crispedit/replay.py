@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CrispEditError
-from .forward import RowBatch, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
+from .forward import RowBatch, batch_size, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
 from .memory import free_memory
 from .models import EditMatrix, decoder_blocks, intermediate_width, text_config
 from .progress import Progress, log, no_progress
@@ -79,9 +80,14 @@ class RowLogits:
     kept: str = ""
     _record: "_Record | None" = field(default=None, repr=False)
 
+    @cached_property
+    def pair_cost(self) -> float | None:
+        """What packing weighs (:func:`crispedit.forward.pair_cost`); ``None`` where rows are padded."""
+        return pair_cost(self.model) if self.packed else None
+
     def record(self, first: EditMatrix, progress: Progress = no_progress) -> None:
         """Runs what lies below ``start`` over all rows and keeps it; ``first`` is the first edited matrix."""
-        self._record = _Record(self.model, first, self.rows, self.start, self.packed, progress)
+        self._record = _Record(self.model, first, self.rows, self.start, self.pair_cost, progress)
         self.num_bytes, self.kept = self._record.num_bytes, self._record.kept
 
     def report(self) -> dict[str, Any]:
@@ -98,7 +104,7 @@ class RowLogits:
         Returns:
             Logits (targets, vocabulary) and labels (targets,), on one device.
         """
-        batch = _collated(self.model, [self.rows[index] for index in chosen], self.packed)
+        batch = _collated(self.model, [self.rows[index] for index in chosen], self.pair_cost)
         if self._record is not None:
             logits = self._record.logits(self.model, batch, chosen)
         else:
@@ -106,9 +112,9 @@ class RowLogits:
         return logits, batch.labels.to(logits.device)
 
 
-def _collated(model: Any, rows: Sequence[EditRow], packed: bool) -> RowBatch:
-    """Rows on the device of a model's embeddings."""
-    batch = collate_packed(rows, pair_cost(model)) if packed else collate(rows)
+def _collated(model: Any, rows: Sequence[EditRow], pair_cost: float | None = None) -> RowBatch:
+    """Rows on the device of a model's embeddings, packed where it is said what a pair of tokens costs."""
+    batch = collate(rows) if pair_cost is None else collate_packed(rows, pair_cost)
     return batch.to(model.get_input_embeddings().weight.device)
 
 
@@ -134,12 +140,13 @@ def row_logits(
     """
     if start == "whole":
         return RowLogits(model=model, rows=rows, start=start)
+    truth = _truth(model, matrices, rows)
     packed = within_windows(model, rows) and _fits(
-        RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, "packing rows"
+        RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, truth, "packing rows"
     )
     for attempt in STARTS[STARTS.index(start) : -1]:
         found = RowLogits(model=model, rows=rows, start=attempt, packed=packed)
-        if _fits(found, matrices, f"replay from the {attempt}", progress):
+        if _fits(found, matrices, truth, f"replay from the {attempt}", progress):
             return found
     return RowLogits(model=model, rows=rows, start="whole")
 
@@ -159,12 +166,18 @@ def within_windows(model: Any, rows: Sequence[EditRow]) -> bool:
     return max(len(row.ids) for row in rows) <= min((window for window in windows if window), default=2**31)
 
 
-def _fits(found: RowLogits, matrices: Sequence[EditMatrix], what: str, progress: Progress = no_progress) -> bool:
+def _fits(
+    found: RowLogits,
+    matrices: Sequence[EditMatrix],
+    truth: dict[int, Tensor],
+    what: str,
+    progress: Progress = no_progress,
+) -> bool:
     """Records what ``found`` takes, and says whether its logits are those of the whole model."""
     try:
         if found.start in ("matrix", "block"):
             found.record(matrices[0], progress)
-        found.error = _check(found, matrices)
+        found.error = _check(found, matrices, truth)
     except torch.OutOfMemoryError:
         raise
     except (_Unfit, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -176,39 +189,56 @@ def _fits(found: RowLogits, matrices: Sequence[EditMatrix], what: str, progress:
     return True
 
 
-@torch.no_grad()
-def _check(found: RowLogits, matrices: Sequence[EditMatrix]) -> float:
-    """The largest relative error of a few rows' logits against the whole model, with weights that were moved."""
-    model, rows = found.model, found.rows
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    some = by_length
-    if len(rows) > CHECK_ROWS:  # from the shortest to the longest
-        some = [by_length[i * (len(rows) - 1) // (CHECK_ROWS - 1)] for i in range(CHECK_ROWS)]
+@contextmanager
+def _moved(matrices: Sequence[EditMatrix]) -> Iterator[None]:
+    """Within, weights are off by :data:`CHECK_MOVE`, always in the same direction."""
     originals = [matrix.weight.clone() for matrix in matrices]
     generator = torch.Generator().manual_seed(0)
     try:
         for matrix, original in zip(matrices, originals, strict=True):
             noise = torch.randn(matrix.shape, generator=generator).to(original)
             matrix.weight.add_(noise * (CHECK_MOVE * original.norm() / noise.norm()))
-        logits, _ = found(some)
-        batch = collate([rows[index] for index in some]).to(model.get_input_embeddings().weight.device)
-        expected = whole_logits(model, batch)
+        yield
     finally:
         for matrix, original in zip(matrices, originals, strict=True):
             matrix.weight.copy_(original)
-    if logits.shape != expected.shape:
-        raise _Unfit(f"it gives logits of shape {tuple(logits.shape)}, not {tuple(expected.shape)}")
-    errors, first = [], 0
-    for index in some:
-        last = first + len(rows[index].ids) - rows[index].prompt_length
-        truth = expected[first:last].float()
-        truth = truth - truth.mean(-1, keepdim=True)
-        value = logits[first:last].float()
-        value = value - value.mean(-1, keepdim=True)
-        errors.append(float((value - truth).norm() / truth.norm().clamp_min(1e-30)))
-        first = last
-    worst = max(errors)
-    return worst if worst == worst else float("inf")
+
+
+@torch.no_grad()
+def _truth(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow]) -> dict[int, Tensor]:
+    """The whole model's logits of a few rows, from the shortest to the longest, with weights that were moved."""
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    count = min(len(rows), CHECK_ROWS)
+    some = [by_length[number * (len(rows) - 1) // max(count - 1, 1)] for number in range(count)]
+    with _moved(matrices):
+        logits = whole_logits(model, _collated(model, [rows[index] for index in some]))
+    return dict(zip(some, torch.split(logits, [_targets(rows[index]) for index in some]), strict=True))
+
+
+@torch.no_grad()
+def _check(found: RowLogits, matrices: Sequence[EditMatrix], truth: dict[int, Tensor]) -> float:
+    """The largest relative error of the same rows' logits, the mean over the vocabulary taken out."""
+    with _moved(matrices):
+        logits, _ = found(list(truth))
+    expected = sum(len(rows) for rows in truth.values())
+    if len(logits) != expected:
+        raise _Unfit(f"it gives logits of {len(logits)} targets, not of {expected}")
+    worst = 0.0
+    of_rows = torch.split(logits, [len(row) for row in truth.values()])
+    for replayed, whole in zip(of_rows, truth.values(), strict=True):
+        off, size = (_centred(logits).norm() for logits in (replayed.float() - whole.float(), whole.float()))
+        error = float(off / size.clamp_min(1e-30))
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Without what a softmax does not see."""
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _targets(row: EditRow) -> int:
+    return len(row.ids) - row.prompt_length
 
 
 def recorded_together(model: Any, rows: Sequence[EditRow], packed: bool) -> list[list[int]]:
@@ -247,11 +277,16 @@ class _Record:
     """What is kept per real token, and how a step sets out from it."""
 
     def __init__(
-        self, model: Any, matrix: EditMatrix, rows: Sequence[EditRow], start: Start, packed: bool, progress: Progress
+        self,
+        model: Any,
+        matrix: EditMatrix,
+        rows: Sequence[EditRow],
+        start: Start,
+        pair_cost: float | None,
+        progress: Progress,
     ) -> None:
-        self.blocks = decoder_blocks(model)[1]
-        self.block = self.blocks[matrix.layer]
-        self.below = list(self.blocks)[: matrix.layer]
+        blocks = list(decoder_blocks(model)[1])
+        self.block, self.below = blocks[matrix.layer], blocks[: matrix.layer]
         self.matrix, self.start = matrix, start
         if start == "block" and not self.below:
             raise _Unfit("no block lies below the first edited one")
@@ -260,16 +295,16 @@ class _Record:
         self.inputs = self.rests = torch.empty(0)
         self.tokens: dict[int, list[int]] = {}  # of every row the records of its tokens
         self.num_tokens, self.num_bytes, self.kept = 0, 0, ""
-        self._fill(model, rows, packed, progress)
+        self._fill(model, rows, pair_cost, progress)
 
     @torch.no_grad()
-    def _fill(self, model: Any, rows: Sequence[EditRow], packed: bool, progress: Progress) -> None:
+    def _fill(self, model: Any, rows: Sequence[EditRow], pair_cost: float | None, progress: Progress) -> None:
         """Runs the model up to the first edited block over all rows."""
-        groups = recorded_together(model, rows, packed)
-        batches = [_collated(model, [rows[index] for index in group], packed) for group in groups]
-        self.num_tokens = sum(len(batch.sources) for batch in batches)
+        groups = recorded_together(model, rows, pair_cost is not None)
+        self.num_tokens = sum(batch_size([rows[index] for index in group], pair_cost).tokens for group in groups)
         first = done = 0
-        for group, batch in zip(groups, batches, strict=True):
+        for group in groups:
+            batch = _collated(model, [rows[index] for index in group], pair_cost)
             inputs, rests = (self._watch_matrix if self.start == "matrix" else self._watch_block)(model, batch)
             if first == 0:
                 self._allocate(inputs, rests)

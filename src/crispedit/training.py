@@ -177,7 +177,7 @@ class Trace:
         steps: Updates made.
         stopped_early: Whether the loss fell below the bound.
         trials: Of learning rates, where one was looked for; the last one taken is that of the run.
-        forward: From where steps were computed: ``start``, ``error``, ``num_bytes``, ``kept`` of
+        forward: From where steps were computed: ``start``, ``packed``, ``error``, ``num_bytes``, ``kept`` of
             :class:`crispedit.replay.RowLogits`, and whether in mixed ``precision``.
     """
 
