@@ -50,11 +50,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crispedit.artifacts import write_json
 from crispedit.models import EditMatrix, edit_matrices, frozen
+from crispedit.precision import float32_masters
 from crispedit.rotation import rotated
 from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
-from crispedit.training import fine_tune, float32_masters
+from crispedit.training import fine_tune
 from crispedit.updates import Unconstrained, UpdateRule, leading_counts, update_rule
 
 SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

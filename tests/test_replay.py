@@ -11,9 +11,10 @@ from crispedit import replay
 from crispedit.errors import CrispEditError
 from crispedit.forward import collate, whole_logits
 from crispedit.models import edit_matrices, frozen
+from crispedit.precision import float32_masters
 from crispedit.replay import STARTS, RowLogits, row_logits, tolerance
 from crispedit.rows import EditRow
-from crispedit.training import fine_tune, float32_masters
+from crispedit.training import fine_tune
 from crispedit.updates import Unconstrained
 from families import AWKWARD, FAMILIES, tiny_model
 from reference import relative, tiny_llama

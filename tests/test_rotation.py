@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from crispedit.models import edit_matrices
+from crispedit.precision import float32_masters
 from crispedit.rotation import Dense, Frame, leading_basis, rotated
-from crispedit.training import float32_masters
 from reference import random_rows, relative, tiny_gpt2, tiny_llama
 
 

@@ -497,7 +497,7 @@ def test_mixed_precision_gives_the_same_edit(family, dtype):
     ],
 )
 def test_mixed_precision_is_used_where_the_hardware_has_it(monkeypatch, precision, dtype, amx, mixed):
-    monkeypatch.setattr("crispedit.training.torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("crispedit.precision.torch.cpu._is_amx_tile_supported", lambda: amx)
     assert mixed_precision(precision, dtype, torch.device("cpu")) is mixed
 
 

@@ -6,6 +6,7 @@ nothing written; 130 interrupted.
 
 import os
 import sys
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -42,6 +43,7 @@ Chat = Annotated[str, typer.Option(help="Prompts through the chat template: auto
 Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the edits, at most.")]
 BatchSize = Annotated[int, typer.Option(help="Edits per step, at most.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the editor; repeatable.")]
 NoEos = Annotated[bool, typer.Option("--no-eos", help="Targets without end-of-sequence, as published.")]
 Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
@@ -192,17 +194,21 @@ def edit(
         str | None, typer.Argument(help="A .json, .jsonl or .csv file, or bundled:demo|eval|train.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the edited model.")] = None,
-    editor: Annotated[str, typer.Option(help="The method.")] = "crispedit",
+    editor: Annotated[str, typer.Option(help="The method, or METHOD:PRESET; see 'crispedit editors'.")] = "crispedit",
     curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
     texts: Texts = None,
     samples: Samples = None,
     layers: Layers = None,
-    energy: Annotated[float, typer.Option(help="γ in [0, 1); 0 is plain fine-tuning.")] = 0.9,
-    lr: Annotated[str, typer.Option(help="Adam's learning rate, or auto.")] = "auto",
-    epochs: Epochs = 25,
-    batch_size: BatchSize = 32,
+    energy: Annotated[float | None, typer.Option(help="γ in [0, 1), 0.9 by default; 0 is plain fine-tuning.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Adam's learning rate, or auto (the default).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the edits, at most; 25 by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Edits per step, at most; 32 by default.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the steps: auto, float32, bfloat16 (mixed, float32 masters).")
+    ] = None,
+    set_: Set = None,
+    train_edits: Annotated[
+        str | None, typer.Option(help="Other edits, for editors that learn how to edit (mend).")
     ] = None,
     limit: Limit = None,
     seed: Seed = 0,
@@ -222,9 +228,15 @@ def edit(
     from .jobs import EditJob
 
     _check_json(json)
-    settings: dict[str, Any] = {"energy": energy, "lr": _rate(lr), "epochs": epochs, "batch_size": batch_size}
-    if precision is not None:  # an editor may have no such setting
-        settings["precision"] = precision
+    named = {
+        "energy": energy,
+        "lr": None if lr is None else _rate(lr),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "precision": precision,
+        "eos": False if no_eos else None,
+    }
+    settings = {name: value for name, value in named.items() if value is not None} | _settings(set_ or [])
     if rerun is not None:
         job = EditJob.from_record(rerun, model=model, edits=edits, curvature=curvature, texts=texts)
     else:
@@ -239,9 +251,9 @@ def edit(
             settings=settings,
             limit=limit,
             seed=seed,
-            eos=not no_eos,
             chat=chat,
             conflicts=conflicts,
+            train_edits=train_edits,
         )
     if out is None:
         raise ConfigError("--out is missing: name a directory for the edited model")
@@ -264,6 +276,37 @@ def edit(
     print_proof(result)
     stdout.print(f"the edited model is in {out}" if save == "model" else f"the change is in {out}", soft_wrap=True)
     _write_json(json, {"out": str(out), **result.record()})
+
+
+@app.command()
+def editors(
+    editor: Annotated[str | None, typer.Argument(help="One of them, for its settings.")] = None,
+    json: Json = None,
+) -> None:
+    """List the editors, or the settings and presets of one."""
+    _check_json(json)
+    from .console import print_table
+    from .editors import describe_editor, editor_names
+
+    if editor is not None:
+        about = describe_editor(editor)
+        print_table(
+            f"{editor}: {about['summary']}",
+            ["setting", "default", "what it is", *about["presets"]],
+            [
+                [name, str(default), meaning, *(str(values.get(name, "")) for values in about["presets"].values())]
+                for name, (default, meaning) in about["settings"].items()
+            ],
+        )
+        _write_json(json, about)
+        return
+    every = {name: describe_editor(name) for name in editor_names()}
+    print_table(
+        "editors",
+        ["editor", "what it does", "presets", "needs"],
+        [[name, about["summary"], ", ".join(about["presets"]), about["needs"]] for name, about in every.items()],
+    )
+    _write_json(json, every)
 
 
 @app.command()
@@ -370,6 +413,20 @@ def _rate(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise ConfigError(f"lr is '{text}'; it must be a number above 0, or auto") from None
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as settings; values are JSON where they can be read so, else text."""
+    found: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set is '{item}'; it must be NAME=VALUE")
+        try:
+            found[name] = loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _check_json(path: Path | None) -> None:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +42,7 @@ from .moments import Kind, Moment, Sketch
 from .progress import Progress, log, no_progress
 from .spectrum import Spectrum
 from .subspace import Subspace
-from .texts import CapabilityTexts, split_texts, text_batches
+from .texts import CapabilityTexts, row_batches, split_texts, text_batches
 from .threshold import check_energy
 from .updates import coordinates_cost_little
 
@@ -360,6 +360,51 @@ class Curvature:
         except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise ArtifactError(f"the curvature directory '{directory}' is damaged: {error}") from error
 
+    def of_rows(self, model: Any, matrices: Sequence[EditMatrix], rows: Sequence[Sequence[int]], seed: int) -> Self:
+        """The curvature at these rows of the same model, whose weights may have moved since: what a round adds.
+
+        The loss is that of every next token, prompts included: where a model was just taught the targets, their
+        gradients are next to nothing. (CrispEdit, arXiv 2602.15823, Algorithm 2 and Table 6.)
+
+        Args:
+            model: The causal LM, as edited so far.
+            matrices: Those of this curvature.
+            rows: Token ids of prompts with their targets, each of two tokens or more.
+            seed: Of sampled labels.
+
+        Returns:
+            A curvature that :func:`merge` adds to this one; it has no held-out texts.
+        """
+        factors = estimate_factors(
+            model, matrices, row_batches(model, rows), fisher=self.fisher, seed=seed, kind=self.kind
+        )
+        digest = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
+        return self._with(factors, {"source": "edits", "sha256": digest, "seed": seed, "samples": len(rows)})
+
+    def _with(
+        self,
+        factors: Mapping[str, Factors],
+        texts: Mapping[str, Any],
+        held_out: tuple[str, ...] = (),
+        starts: Mapping[str, Spectrum] | None = None,
+    ) -> Self:
+        """Other factors of the same model; nothing that was computed of these is kept."""
+        return replace(
+            self,
+            factors=factors,
+            texts=texts,
+            held_out=held_out,
+            path=None,
+            seconds=0.0,
+            second_moments={},
+            _described={},
+            _spectra={},
+            _tops={},
+            _starts=dict(starts or {}),
+            _subspaces={},
+            _pass=None,
+        )
+
     def check_model(self, model: Any, matrices: Sequence[EditMatrix], tokenizer: Any = None) -> None:
         """Refuses a curvature of another model or tokenizer, or without the matrices to be edited.
 
@@ -487,20 +532,11 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
     heaviest = max(zip(raw, range(len(raw)), strict=True))[1]
     parts = [{"weight": weight, **c.texts} for weight, c in zip(raw, curvatures, strict=True)]
     digest = hashlib.sha256(json.dumps([[p["weight"], p["sha256"]] for p in parts]).encode()).hexdigest()
-    return replace(
-        first,
-        factors=factors,
+    return first._with(
+        factors,
+        {"source": "merged", "sha256": digest, "seed": None, "samples": None, "parts": parts},
         held_out=tuple(dict.fromkeys(text for c in curvatures for text in c.held_out)),
-        texts={"source": "merged", "sha256": digest, "seed": None, "samples": None, "parts": parts},
-        path=None,
-        seconds=0.0,
-        second_moments={},
-        _described={},
-        _spectra={},
-        _tops={},
-        _starts={**curvatures[heaviest]._starts, **curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
-        _subspaces={},
-        _pass=None,
+        starts={**curvatures[heaviest]._starts, **curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
     )
 
 

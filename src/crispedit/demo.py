@@ -14,7 +14,7 @@ from .models import BUNDLED, load_model
 from .progress import Progress, no_progress
 
 EDITS = "bundled:demo"
-SETTINGS: dict[str, dict[str, Any]] = {"ft": {"energy": 0.0}, "crispedit": {"energy": 0.9}}
+EDITORS = ("ft", "crispedit")
 """The two methods: the same loop, the same search for a learning rate; see docs/decisions.md."""
 
 
@@ -53,8 +53,8 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = no_progress) -> D
     shared: dict[str, Any] = {"texts": texts.held_out, "tasks": True, "progress": progress}
     columns = {"base": evaluate(base.model, base.tokenizer, edits, base=base.model, **shared)}
     results: dict[str, EditResult] = {}
-    for name, settings in SETTINGS.items():
-        result = EditJob(model=BUNDLED, edits=EDITS, settings=settings, seed=seed).run(progress=progress)
+    for name in EDITORS:
+        result = EditJob(model=BUNDLED, edits=EDITS, editor=name, seed=seed).run(progress=progress)
         columns[name] = evaluate(result.model, result.tokenizer, edits, base=base.model, **shared)
         results[name] = result
     results["crispedit"].provenance["command"] = "demo"

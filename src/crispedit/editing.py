@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -21,13 +21,14 @@ from torch import Tensor
 from . import __version__
 from .artifacts import write_directory, write_json
 from .checkpoint import RECORD, Form, read_back, round_to, write_delta, write_model
-from .curvature import Constraint, Curvature
-from .editors import find_editor
+from .curvature import Curvature
+from .editors import configured
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
-from .errors import ConfigError, EditFailed
+from .errors import ConfigError, EditFailed, EditsError
 from .generation import Answer, Ids
-from .models import EditMatrix, context_length, edit_matrices, fingerprint, frozen
+from .models import EditMatrix, context_length, fingerprint, frozen
+from .precision import float32_masters
 from .progress import Progress, no_progress
 from .proof import (
     PROOF_EDITS,
@@ -43,7 +44,6 @@ from .proof import (
 from .rows import Chat, Prompter
 from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
-from .training import float32_masters
 from .wild import Question, ask, expected_drafts, questions, score
 
 CHECKED = 8
@@ -144,7 +144,7 @@ def edit(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     chat: Chat = "auto",
-    eos: bool = True,
+    train_edits: Sequence[Edit] = (),
     stored_dtype: torch.dtype | None = None,
     model_name: str = "",
     progress: Progress = no_progress,
@@ -158,15 +158,15 @@ def edit(
         edits: An edit set, edits, or rows as dictionaries.
         curvature: Of the model's capability loss. Estimated from ``texts`` where it is needed and missing.
         texts: Capability texts; a held-out fifth of them measures drift. Those of ``curvature`` when omitted.
-        editor: Name of the editor.
-        layers: Decoder blocks whose down-projections are edited; those of ``curvature``, else the default rule.
+        editor: ``EDITOR`` or ``EDITOR:PRESET``.
+        layers: Decoder blocks to edit; those of ``curvature``, else the editor's default.
         seed: Same seed, same machine, same result.
         chat: Whether prompts go through the chat template.
-        eos: Whether targets end with an end-of-sequence token.
+        train_edits: Other edits, for editors that learn how to edit.
         stored_dtype: The checkpoint's dtype, in which the model will be saved; the model's when omitted.
         model_name: Recorded; what the model's configuration says when omitted.
         progress: Called during every longer step.
-        **settings: The editor's settings: ``energy``, ``lr``, ``epochs``, ``batch_size``, …
+        **settings: The editor's settings: ``energy``, ``lr``, ``epochs``, ``eos``, …
 
     Returns:
         The result; ``result.save(directory)`` writes it.
@@ -176,22 +176,29 @@ def edit(
         EditFailed: Nothing changed, the loss did not fall, or a number is not finite. The model's
             original weights are put back then, as on any exception.
     """
-    module = find_editor(editor)
-    config = module.Config.of(settings)
+    module, config = configured(editor, settings)
     edit_set = edits if isinstance(edits, EditSet) else _as_edit_set(edits)
-    matrices = edit_matrices(model, curvature.layers if layers is None and curvature is not None else layers)
-    prompter = Prompter.of(model, tokenizer, chat=chat, eos=eos)
+    check_subjects(config, edit_set)
+    if layers is None and curvature is not None and config.needs_curvature():
+        layers = curvature.layers
+    matrices = config.matrices(model, layers)
+    prompter = Prompter.of(model, tokenizer, chat=chat, eos=config.eos)
     rows = prompter.rows(edit_set, context_length(model))
     if texts is not None and not isinstance(texts, CapabilityTexts):
         texts = split_texts(texts, seed=seed)
     provenance = _provenance(model, model_name, edit_set)
-    if curvature is None and texts is not None and getattr(config, "energy", 1) > 0:
-        chosen = [m.layer for m in matrices]
+    if config.needs_texts() and texts is None:
+        raise ConfigError(f"editor {editor} needs capability texts: give --texts")
+    if curvature is None and config.needs_curvature():
+        if texts is None:
+            raise ConfigError(f"editor {editor} needs a curvature: give --curvature or --texts")
+        chosen = sorted({m.layer for m in matrices})
         curvature = Curvature.estimate(
             model, tokenizer, texts, layers=chosen, seed=seed, model_name=model_name, progress=progress
         )
     if curvature is not None:
-        curvature.check_model(model, matrices, tokenizer)
+        # of an editor that does without, only the held-out texts are of use
+        curvature.check_model(model, matrices if config.needs_curvature() else (), tokenizer)
         provenance |= {"texts": dict(curvature.texts), "curvature": curvature.manifest(with_texts=False)}
     if texts is not None:
         provenance["texts"] = texts.manifest()
@@ -199,22 +206,25 @@ def edit(
 
     problem = EditProblem(
         model=model,
-        tokenizer=tokenizer,
+        prompter=prompter,
         matrices=matrices,
+        edits=tuple(edit_set),
         rows=rows,
         curvature=curvature,
+        texts=texts,
+        train_edits=tuple(train_edits),
         seed=seed,
         progress=progress,
     )
     asked = questions(spread(tuple(edit_set), PROOF_EDITS))
     dtype = stored_dtype or model.dtype
     with frozen(model):
-        proved = _edit_and_prove(problem, module, config, prompter, asked, held_out, dtype)
+        proved = _edit_and_prove(problem, module, config, asked, held_out, dtype)
     proved.metrics["seconds"] = {
         "curvature": round(curvature.seconds if curvature else 0.0, 2),
         **proved.metrics["seconds"],
     }
-    run = {"editor": editor, "layers": [m.layer for m in matrices], "seed": seed, "chat": chat, "eos": eos}
+    run = {"editor": editor, "layers": sorted({m.layer for m in matrices}), "seed": seed, "chat": chat}
     return EditResult(
         model=model,
         tokenizer=tokenizer,
@@ -224,7 +234,7 @@ def edit(
         changes=proved.changes,
         settings={**run, **config.model_dump()},
         provenance=provenance,
-        notes=list(edit_set.notes),
+        notes=[*edit_set.notes, *proved.notes],
         _prompter=prompter,
         _asked=asked,
         _dtype=dtype,
@@ -240,19 +250,19 @@ class _Proved:
     before: list[str]
     after: list[str]
     metrics: dict[str, Any]
+    notes: list[str]
 
 
 def _edit_and_prove(
     problem: EditProblem,
     module: ModuleType,
     config: EditorConfig,
-    prompter: Prompter,
     asked: Sequence[Question],
     held_out: Sequence[TokenBatch],
     dtype: torch.dtype,
 ) -> _Proved:
     """Runs an editor between the questions before and after, in float32 and then as ``dtype`` will store it."""
-    model, matrices, progress = problem.model, problem.matrices, problem.progress
+    model, matrices, prompter, progress = problem.model, problem.matrices, problem.prompter, problem.progress
 
     def answers(drafts: Sequence[Sequence[Ids]]) -> list[Answer]:
         return ask(model, prompter, asked, "no_context", drafts=drafts, progress=progress)
@@ -274,7 +284,8 @@ def _edit_and_prove(
             rounds: list[Round] = list(module.edit(problem, config))
             seconds = time.monotonic() - started
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
-            check_edited(change, loss_before, loss())
+            loss_after = loss()
+            notes = check_edited(change, loss_before, loss_after, must_fall=config.lowers_loss)
             unrounded = answers([[*draft, answer.ids] for draft, answer in zip(expected, before, strict=True)])
             rounding = round_to(matrices, originals, dtype)
         delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
@@ -292,19 +303,43 @@ def _edit_and_prove(
         "rounding": asdict(rounding),
         "capability": asdict(drift) if drift else dict.fromkeys(("drift", "loss_base", "loss")),
         "matrices": [asdict(of_matrix) for of_matrix in changes],
+        "edit_loss": {"before": loss_before, "after": loss_after},
         "training": _training(rounds),
+        "rounds": [{"num_edits": r.num_edits, **r.details} for r in rounds],
         "seconds": {"edit": round(seconds, 2), "proof": round(time.monotonic() - began - seconds, 2)},
     }
-    return _Proved(delta=delta, changes=changes, before=answered[0], after=answered[2], metrics=metrics)
+    return _Proved(delta=delta, changes=changes, before=answered[0], after=answered[2], metrics=metrics, notes=notes)
 
 
 def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace]:
-    """The subspaces that an editor with an energy has to keep to, by matrix name."""
-    energy = getattr(config, "energy", 0)
-    if problem.curvature is None or not energy:
+    """The subspaces that an editor promises to keep to, by matrix name."""
+    if problem.curvature is None or not config.needs_curvature():
         return {}
-    constraint: Constraint | Literal["auto"] = getattr(config, "constraint", "auto")
-    return {m.name: problem.curvature.subspace(m.name, energy, constraint) for m in problem.matrices}
+    found = {m.name: config.subspace(problem.curvature, m.name) for m in problem.matrices}
+    return {name: subspace for name, subspace in found.items() if subspace is not None}
+
+
+def check_subjects(config: EditorConfig, edits: EditSet) -> None:
+    """Refuses edits without a subject in their prompt, by row number, where the editor needs one.
+
+    Args:
+        config: The editor's.
+        edits: The edits.
+
+    Raises:
+        EditsError: An edit has no subject, or it is not in the prompt exactly once.
+    """
+    if not config.needs_subject:
+        return
+    for edit in edits:
+        if not edit.subject:
+            raise EditsError(f"row {edit.row} has no subject, which this editor needs: give it a field 'subject'")
+        if edit.prompt.count(edit.subject) != 1:
+            times = edit.prompt.count(edit.subject)
+            raise EditsError(
+                f"row {edit.row}: the subject '{edit.subject}' is {times} times in the prompt '{edit.prompt}'; this "
+                "editor needs it exactly once"
+            )
 
 
 def _as_edit_set(edits: Sequence[Any]) -> EditSet:

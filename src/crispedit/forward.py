@@ -174,7 +174,7 @@ def batch_size(rows: Sequence[EditRow], pair_cost: float | None) -> BatchSize:
     Returns:
         The size.
     """
-    labels = sum(len(row.ids) - row.prompt_length for row in rows)
+    labels = sum(row.num_targets for row in rows)
     if pair_cost is None:
         lengths = [len(row.ids) - 1 for row in rows]
         return BatchSize(tokens=sum(lengths), sequences=len(rows), length=max(lengths), positions=labels, labels=labels)

@@ -13,9 +13,9 @@ from .artifacts import read_json
 from .bundled import corpus, world
 from .checkpoint import load_edited, read_record
 from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
-from .editing import EditResult
+from .editing import EditResult, check_subjects
 from .editing import edit as edit_model
-from .editors import find_editor
+from .editors import configured
 from .edits import EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
 from .evaluation import evaluate
@@ -28,8 +28,6 @@ from .models import (
     EditMatrix,
     LoadedModel,
     context_length,
-    decoder_blocks,
-    default_layers,
     edit_matrices,
     find_device,
     fingerprint,
@@ -39,12 +37,12 @@ from .models import (
     tokenizer_hash,
 )
 from .planning import Plan, Settings, Workload, fit_memory, kind_that_fits, parse_memory, plan_edit
+from .precision import mixed_precision
 from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
 from .rows import Prompter
 from .speed import measure_speed
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
-from .training import mixed_precision
 from .wild import questions
 
 BUNDLED_EDITS = "bundled:"
@@ -106,9 +104,9 @@ class EditJob:
     settings: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     seed: int = 0
-    eos: bool = True
     chat: str = "auto"
     conflicts: str = "error"
+    train_edits: str | None = None
     expected_edits: str | None = None
 
     @classmethod
@@ -143,11 +141,11 @@ class EditJob:
                 samples=job["samples"],
                 layers=layers,
                 seed=settings.pop("seed"),
-                eos=settings.pop("eos"),
                 chat=settings.pop("chat"),
                 settings=settings,
                 limit=job["limit"],
                 conflicts=job["conflicts"],
+                train_edits=job["train_edits"],
                 expected_edits=record["edits"]["sha256"],
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -178,9 +176,11 @@ class EditJob:
             ArtifactError: A recorded run has other edits now.
             TextsError: Capability texts are needed, and there are none.
         """
-        config = find_editor(self.editor).Config.of(self.settings)
+        _, config = configured(self.editor, self.settings)
         layers = parse_layers(self.layers) if self.layers is not None else None
         edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)
+        check_subjects(config, edit_set)
+        train_edits = read_edits(self.train_edits, conflicts="first") if self.train_edits is not None else ()
         if self.expected_edits not in (None, edit_set.sha256):
             raise ArtifactError(f"'{self.edits}' has other edits than the recorded run; give the file it was made from")
         texts = capability_texts(self.model, self.texts, self.samples, self.seed)
@@ -190,9 +190,9 @@ class EditJob:
         )
         model, tokenizer = loaded.model, loaded.tokenizer
         # what is wrong with the rows is said before minutes go into a curvature
-        Prompter.of(model, tokenizer, chat=self.chat, eos=self.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]
-        if found is None and getattr(config, "energy", 1) > 0:
-            found = self._cached_curvature(model, tokenizer, layers, texts, progress)
+        Prompter.of(model, tokenizer, chat=self.chat, eos=config.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]
+        if found is None and config.needs_curvature():
+            found = self._cached_curvature(model, tokenizer, config.matrices(model, layers), texts, progress)
         result = edit_model(
             model,
             tokenizer,
@@ -203,7 +203,7 @@ class EditJob:
             layers=layers,
             seed=self.seed,
             chat=self.chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
-            eos=self.eos,
+            train_edits=tuple(train_edits),
             stored_dtype=loaded.stored_dtype,
             model_name=self.model,
             progress=progress,
@@ -213,6 +213,7 @@ class EditJob:
             "edits": self.edits,
             "limit": self.limit,
             "conflicts": self.conflicts,
+            "train_edits": self.train_edits,
             "curvature": self.curvature and str(self.curvature),
             "texts": self.texts and str(self.texts),
             "samples": self.samples,
@@ -223,19 +224,19 @@ class EditJob:
         self,
         model: Any,
         tokenizer: Any,
-        layers: Sequence[int] | None,
+        matrices: Sequence[EditMatrix],
         texts: CapabilityTexts | None,
         progress: Progress,
     ) -> Curvature:
         """The curvature of these texts from the cache, or computed and kept; without texts, any that fits."""
-        chosen = tuple(layers) if layers is not None else default_layers(len(decoder_blocks(model)[1]))
+        chosen = tuple(matrix.layer for matrix in matrices)
         identity = (fingerprint(model), chosen, tokenizer_hash(tokenizer))
         wanted: dict[str, Any] = {}
         if texts is not None:
             wanted = {
                 "texts_sha256": texts.sha256,
                 "fisher": "mc",
-                "factors": affordable_kind(edit_matrices(model, chosen)),
+                "factors": affordable_kind(matrices),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "seed": self.seed,
             }
@@ -295,7 +296,7 @@ class PlanJob:
         Returns:
             The plan, with a fit to ``memory``, or else to what is free.
         """
-        find_editor("crispedit").Config.of({"epochs": self.epochs, "batch_size": self.batch_size})
+        configured("crispedit", {"epochs": self.epochs, "batch_size": self.batch_size})
         layers = parse_layers(self.layers) if self.layers is not None else None
         given = parse_memory(self.memory) if self.memory is not None else None
         edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)

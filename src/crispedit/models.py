@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -27,6 +27,11 @@ from .errors import ConfigError, ModelError, did_you_mean
 
 BUNDLED = "bundled"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Part = Literal["down", "gate", "up", "query", "value"]
+"""A matrix of a decoder block by what it does: the MLP's map back from the intermediate width, that into it through the
+activation (the gate), that into it beside the gate; and attention's queries and values."""
+_ATTENTION: dict[str, tuple[str, ...]] = {"query": ("q_proj", "query"), "value": ("v_proj", "value")}
+_FUSED_ATTENTION = ("c_attn", "query_key_value", "qkv_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,18 +266,22 @@ def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def edit_matrices(model: Any, layers: Sequence[int] | None = None) -> tuple[EditMatrix, ...]:
-    """The MLP down-projections of the given decoder blocks.
+def edit_matrices(
+    model: Any, layers: Sequence[int] | None = None, parts: Sequence[Part] = ("down",)
+) -> tuple[EditMatrix, ...]:
+    """Matrices of the given decoder blocks, by default their MLP down-projections.
 
     Args:
         model: A causal LM.
         layers: Indices of decoder blocks; :func:`default_layers` when omitted.
+        parts: Which matrices of a block.
 
     Returns:
-        One matrix per layer, in ascending order of layers.
+        In ascending order of layers, and within a layer in the order of ``parts``; each matrix once, though it may be
+        several parts (where a family keeps queries, keys and values in one).
 
     Raises:
-        ModelError: A block has no down-projection that can be told apart, has experts, or has
+        ModelError: A block has no such matrix that can be told apart, has experts, or has
             quantised weights; or the matrix is shared with another module.
         ConfigError: A layer is outside the model, or none is given.
     """
@@ -287,10 +296,31 @@ def edit_matrices(model: Any, layers: Sequence[int] | None = None) -> tuple[Edit
     names = {id(module): name for name, module in model.named_modules()}
     matrices = []
     for layer in chosen:
-        module = _down_projection(model, blocks[layer], f"{prefix}.{layer}")
-        matrices.append(EditMatrix(name=f"{names[id(module)]}.weight", layer=layer, module=module))
+        found = (_part(model, blocks[layer], part, f"{prefix}.{layer}") for part in parts)
+        for module in dict.fromkeys(found):
+            matrices.append(EditMatrix(name=f"{names[id(module)]}.weight", layer=layer, module=module))
     _refuse_shared(model, matrices)
     return tuple(matrices)
+
+
+def _part(model: Any, block: nn.Module, part: Part, where: str) -> nn.Module:
+    """The linear map of a block that is this part of it."""
+    down = _down_projection(model, block, where)
+    if part == "down":
+        return down
+    linears = [(name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not down]
+    hidden, intermediate = text_config(model).hidden_size, intermediate_width(model)
+    if part in ("gate", "up"):
+        # a family may keep both in one matrix, or have no gate: then its one map is both
+        into = [(name, m) for name, m in linears if _shape(m) in ((intermediate, hidden), (2 * intermediate, hidden))]
+        named = [m for name, m in into if ("gate" in name.rpartition(".")[2]) == (part == "gate")]
+        found = named or [m for _, m in into]
+    else:
+        wanted = (*_ATTENTION[part], *_FUSED_ATTENTION)
+        found = [m for name, m in linears if name.rpartition(".")[2] in wanted and _shape(m)[1] == hidden]
+    if not found:
+        raise ModelError(f"{where} has no {part} projection that crispedit can find")
+    return found[-1] if part == "up" else found[0]
 
 
 def _down_projection(model: Any, block: nn.Module, where: str) -> nn.Module:

@@ -64,23 +64,27 @@ def mean_loss(model: Any, rows: Sequence[EditRow], batch_size: int = 8) -> float
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        count = sum(len(row.ids) - row.prompt_length for row in batch)
+        count = sum(row.num_targets for row in batch)
         total += edit_loss(model, batch).item() * count
         tokens += count
     return total / tokens
 
 
-def check_edited(delta: dict[str, Tensor], before: float, after: float) -> None:
+def check_edited(delta: dict[str, Tensor], before: float, after: float, *, must_fall: bool = True) -> list[str]:
     """Refuses an edit that did nothing or went wrong, with a diagnosis.
 
     Args:
         delta: ΔW by parameter name.
         before: :func:`mean_loss` of the proof's edits with the original weights.
         after: The same with the edited weights.
+        must_fall: Whether the loss is what the editor lowers.
+
+    Returns:
+        What a user should know.
 
     Raises:
         NumericsError: A number is not finite.
-        EditFailed: Nothing changed, or the loss did not fall.
+        EditFailed: Nothing changed, or the loss did not fall and must.
     """
     for name, change in delta.items():
         if not torch.isfinite(change).all():
@@ -89,11 +93,14 @@ def check_edited(delta: dict[str, Tensor], before: float, after: float) -> None:
         if before < STOP_LOSS:
             raise EditFailed(f"nothing changed: the model already says all of this (loss {before:.4f} before any step)")
         raise EditFailed("nothing changed: no direction is left to edit in; lower --energy or name more --layers")
-    if not after < before:
+    if after < before:
+        return []
+    found = f"the edit loss did not fall ({before:.3f} before, {after:.3f} after)"
+    if must_fall:
         raise EditFailed(
-            f"the edit loss did not fall ({before:.3f} before, {after:.3f} after); "
-            "lower --lr if the edit wrecked the model, raise --lr or --epochs if it hardly moved"
+            f"{found}; lower --lr if the edit wrecked the model, raise --lr or --epochs if it hardly moved"
         )
+    return [found]
 
 
 def drift_from(

@@ -212,7 +212,7 @@ def _truth(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow]) 
     some = [by_length[number * (len(rows) - 1) // max(count - 1, 1)] for number in range(count)]
     with _moved(matrices):
         logits = whole_logits(model, _collated(model, [rows[index] for index in some]))
-    return dict(zip(some, torch.split(logits, [_targets(rows[index]) for index in some]), strict=True))
+    return dict(zip(some, torch.split(logits, [rows[index].num_targets for index in some]), strict=True))
 
 
 @torch.no_grad()
@@ -235,10 +235,6 @@ def _check(found: RowLogits, matrices: Sequence[EditMatrix], truth: dict[int, Te
 def _centred(logits: Tensor) -> Tensor:
     """Without what a softmax does not see."""
     return logits - logits.mean(-1, keepdim=True)
-
-
-def _targets(row: EditRow) -> int:
-    return len(row.ids) - row.prompt_length
 
 
 def recorded_together(model: Any, rows: Sequence[EditRow], packed: bool) -> list[list[int]]:

@@ -75,7 +75,7 @@ def rotated(matrices: Sequence[EditMatrix], frames: Sequence[Frame | None]) -> I
     Afterwards W has changed by Q_G ΔW' Q_Aᵀ: where W' has not changed, nothing is added, whatever was rounded.
 
     Args:
-        matrices: Inside :func:`crispedit.training.float32_masters`.
+        matrices: Inside :func:`crispedit.precision.float32_masters`.
         frames: One per matrix, or ``None`` for those that stay as they are; on the devices of their matrices.
     """
     turned = [(matrix, frame) for matrix, frame in zip(matrices, frames, strict=True) if frame is not None]

@@ -26,6 +26,11 @@ class EditRow:
     ids: tuple[int, ...]
     prompt_length: int
 
+    @property
+    def num_targets(self) -> int:
+        """How many tokens carry loss."""
+        return len(self.ids) - self.prompt_length
+
 
 class Prompter:
     """Turns prompts and edits into token ids for one model.

@@ -195,15 +195,28 @@ def text_batches(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_toke
         TextsError: There is no text, or none has two tokens.
     """
     longest = min(MAX_TOKENS, context_length(model) or MAX_TOKENS)
-    batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size, 2**23 // intermediate_width(model))
     if not texts:
         raise TextsError("there is no capability text")
     rows = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
-    rows = sorted((row for row in rows if len(row) >= 2), key=len)
+    rows = [row for row in rows if len(row) >= 2]
     if not rows:
         raise TextsError("no capability text has two tokens; there is no next token to predict")
-    groups = token_groups(rows, batch_tokens)
-    return [pad(group) for group in groups]
+    return row_batches(model, rows, batch_tokens=batch_tokens)
+
+
+def row_batches(model: Any, rows: Sequence[Sequence[int]], *, batch_tokens: int = 4096) -> list[TokenBatch]:
+    """Token rows as batches, rows of like length together.
+
+    Args:
+        model: The causal LM.
+        rows: At least one.
+        batch_tokens: See :func:`text_batches`.
+
+    Returns:
+        The batches.
+    """
+    batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size, 2**23 // intermediate_width(model))
+    return [pad(group) for group in token_groups(sorted(map(list, rows), key=len), batch_tokens)]
 
 
 def next_tokens(batch: TokenBatch) -> Tensor:

@@ -1,28 +1,27 @@
 """The edit loop that every gradient editor shares: FT-M loss, skipping, early stop, the search for a rate.
 
-How a gradient becomes a change of W is the business of an update rule (:mod:`crispedit.updates`).
+What is trained, and how it is in the model, is the business of a trainee: matrices, each through its update rule
+(:mod:`crispedit.updates`), or an adapter.
 (CrispEdit, arXiv 2602.15823, Algorithm 1; FT-M: appendix E.)
 """
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .errors import NumericsError, check_choice
+from .errors import NumericsError
 from .forward import collate, target_logits
 from .models import EditMatrix
+from .precision import Precision, mixed_precision
 from .progress import Progress, no_progress
 from .replay import RowLogits, Start, row_logits
 from .rows import EditRow
 from .updates import UpdateRule
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 LOWEST, START, LIMIT = 0.25, 2.0, 16.0
 """The lowest learning rate that ``auto`` tries, the first and the highest, times d_in: a step of Adam moves an output
@@ -35,47 +34,10 @@ WORTH = 1.3
 """Twice the learning rate must make the logarithm of the loss fall so many times as far, for the damage it does."""
 STEPS_PER_EPOCH = 8
 """An epoch has at least so many steps where the rows suffice (:func:`rows_per_step`)."""
+Reduction = Literal["token", "sample"]
+"""What the loss is a mean over: all target tokens of a batch, or its rows, each the mean over its own."""
 STOP_LOSS = 0.01
 """An epoch whose mean loss is below this is the last; a batch below it is skipped (paper, Table 2)."""
-
-
-@contextmanager
-def float32_masters(matrices: Sequence[EditMatrix]) -> Iterator[None]:
-    """Within, the matrices are float32 parameters that require a gradient; the model around them keeps its dtype.
-
-    Afterwards they are rounded to the dtype they had, and nothing requires a gradient that did not.
-    """
-    before = [(m, m.parameter.dtype, m.parameter.requires_grad) for m in matrices]
-    handles = []
-    for matrix, dtype, _ in before:
-        matrix.module.weight = nn.Parameter(matrix.parameter.data.float())
-        if dtype != torch.float32:
-            handles += _casting(matrix.module, dtype)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for matrix, dtype, needed in before:
-            matrix.module.weight = nn.Parameter(matrix.parameter.data.to(dtype), requires_grad=needed)
-
-
-def _casting(module: nn.Module, dtype: torch.dtype) -> list[Any]:
-    """Hooks that hand a module float32 inputs and give its outputs back in ``dtype``."""
-    bias = module.bias
-    if bias is not None:
-        bias.data = bias.data.float()
-
-    class _RestoreBias:
-        def remove(self) -> None:
-            if bias is not None:
-                bias.data = bias.data.to(dtype)
-
-    return [
-        module.register_forward_pre_hook(lambda _, arguments: (arguments[0].float(), *arguments[1:])),
-        module.register_forward_hook(lambda _, __, output: output.to(dtype)),
-        _RestoreBias(),
-    ]
 
 
 def edit_loss(model: Any, rows: Sequence[EditRow]) -> Tensor:
@@ -91,29 +53,6 @@ def edit_loss(model: Any, rows: Sequence[EditRow]) -> Tensor:
     batch = collate(rows).to(model.get_input_embeddings().weight.device)
     logits = target_logits(model, batch)
     return nn.functional.cross_entropy(logits.float(), batch.labels.to(logits.device))
-
-
-def mixed_precision(precision: Precision, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a step computes in bfloat16 around the float32 masters.
-
-    Args:
-        precision: ``bfloat16``, ``float32`` (the model's own dtype, that is), or ``auto``: bfloat16 where the
-            hardware multiplies such matrices faster, a GPU from Ampere on or a CPU with AMX; never for a float16 model.
-        dtype: The model's.
-        device: That it is on.
-
-    Returns:
-        Whether it does.
-
-    Raises:
-        ConfigError: ``precision`` is none of these.
-    """
-    check_choice("precision", precision, get_args(Precision))
-    if precision != "auto" or dtype == torch.float16:
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 class _Reading:
@@ -231,6 +170,68 @@ def progress_ratio(losses: Sequence[float], others: Sequence[float]) -> float:
     return other_fell / fell
 
 
+class Trainee(Protocol):
+    """What the loop trains, and how it is in the model."""
+
+    parameters: Sequence[Tensor]
+    """What Adam trains: float32."""
+
+    def differentiated(self) -> Sequence[Tensor]:
+        """In what the loss is differentiated: tensors of the model's graph."""
+
+    def learn(self, gradients: Sequence[Tensor]) -> None:
+        """Gives the parameters their ``grad``, from the gradients in :meth:`differentiated`."""
+
+    def apply(self) -> None:
+        """Writes what the parameters stand for into the model; called after every step, and at the start."""
+
+    def reset(self) -> None:
+        """Goes back to where it was in the beginning, the model's weights aside."""
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the edit loss; losses are reported without it."""
+
+
+class RuledMatrices:
+    """Matrices of the model, each through its update rule.
+
+    Args:
+        matrices: What is edited, inside :func:`crispedit.precision.float32_masters`.
+        rules: One per matrix; their parameters start at zero or go on from where they are.
+    """
+
+    def __init__(self, matrices: Sequence[EditMatrix], rules: Sequence[UpdateRule]) -> None:
+        self.matrices, self.rules = matrices, rules
+        self.parameters = [rule.parameter for rule in rules]
+        self._starts = [parameter.clone() for parameter in self.parameters]
+        # the matrices without what the rules stand for
+        self._originals = [matrix.weight - rule.delta() for matrix, rule in zip(matrices, rules, strict=True)]
+
+    def differentiated(self) -> Sequence[Tensor]:
+        """The matrices, as their modules have them."""
+        return [matrix.parameter for matrix in self.matrices]
+
+    def learn(self, gradients: Sequence[Tensor]) -> None:
+        """Through the rules."""
+        for matrix, rule, gradient in zip(self.matrices, self.rules, gradients, strict=True):
+            # contiguous: the fused Adam reads memory as it lies, whatever the strides say (torch 2.13)
+            rule.parameter.grad = rule.gradient(matrix.as_weight(gradient)).contiguous()
+
+    def apply(self) -> None:
+        """W₀ + ΔW."""
+        for matrix, rule, original in zip(self.matrices, self.rules, self._originals, strict=True):
+            torch.add(original, rule.delta(), out=matrix.weight)
+
+    def reset(self) -> None:
+        """The rules' parameters as they were."""
+        for parameter, start in zip(self.parameters, self._starts, strict=True):
+            parameter.copy_(start)
+
+    def penalty(self) -> float:
+        """None."""
+        return 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Loop:
     """What all runs over the same rows share."""
@@ -238,41 +239,38 @@ class _Loop:
     logits: RowLogits
     mixed: bool
     alike: bool
-    matrices: Sequence[EditMatrix]
-    rules: Sequence[UpdateRule]
+    trainee: Trainee
+    width: float
+    """By what learning rates that are looked for are divided."""
     batch_size: int
     seed: int
     stop_loss: float
+    reduction: Reduction
     progress: Progress
-    originals: Sequence[Tensor]
-    """The matrices without what the rules stand for."""
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.logits.rows) // self.batch_size)
 
     def loss(self, chosen: Sequence[int]) -> Tensor:
-        """Mean cross-entropy over the target tokens of some rows."""
-        device = self.matrices[0].parameter.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
+        """Mean cross-entropy over the target tokens of some rows, or over rows."""
+        with torch.autocast(self.logits.model.device.type, torch.bfloat16, enabled=self.mixed):
             logits, labels = self.logits(chosen)
-        return nn.functional.cross_entropy(logits.float(), labels)
-
-    def apply(self) -> None:
-        """Writes what the rules stand for into the matrices."""
-        for matrix, rule, original in zip(self.matrices, self.rules, self.originals, strict=True):
-            torch.add(original, rule.delta(), out=matrix.weight)
+        if self.reduction == "token":
+            return nn.functional.cross_entropy(logits.float(), labels)
+        counts = torch.tensor([self.logits.rows[index].num_targets for index in chosen], device=labels.device)
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return (losses / counts.repeat_interleave(counts)).sum() / len(counts)
 
 
 class _Run:
-    """Adam over the rows, epoch by epoch, at a rate and from given parameters of the rules."""
+    """Adam over the rows, epoch by epoch, at a rate and from where the trainee began."""
 
-    def __init__(self, loop: _Loop, starts: Sequence[Tensor], rate: float) -> None:
+    def __init__(self, loop: _Loop, rate: float) -> None:
         self.loop, self.rate, self.trace = loop, rate, Trace()
-        for rule, start in zip(loop.rules, starts, strict=True):
-            rule.parameter.copy_(start)
-        loop.apply()
-        self.optimizer = torch.optim.Adam([rule.parameter for rule in loop.rules], lr=rate, fused=True)
+        loop.trainee.reset()
+        loop.trainee.apply()
+        self.optimizer = torch.optim.Adam(loop.trainee.parameters, lr=rate, fused=True)
         self.rng = random.Random(loop.seed)
 
     def until(self, epochs: int, label: str, of: int, *, halve: bool = False) -> Trace:
@@ -312,36 +310,33 @@ class _Run:
         if loss.device.type == "cpu" and reading.get() < loop.stop_loss:
             return reading.get()
         # elsewhere the backward pass is queued before the loss is known: nothing waits for it
-        gradients = torch.autograd.grad(loss, [matrix.parameter for matrix in loop.matrices])
+        gradients = torch.autograd.grad(loss + loop.trainee.penalty(), loop.trainee.differentiated())
         value = reading.get()
         if not math.isfinite(value):
             raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
         if value >= loop.stop_loss:
-            for matrix, rule, gradient in zip(loop.matrices, loop.rules, gradients, strict=True):
-                # contiguous: the fused Adam reads memory as it lies, whatever the strides say (torch 2.13)
-                rule.parameter.grad = rule.gradient(matrix.as_weight(gradient)).contiguous()
+            loop.trainee.learn(gradients)
             self.optimizer.step()
-            loop.apply()
+            loop.trainee.apply()
             self.trace.steps += 1
         return value
 
 
-def _at_found_rate(loop: _Loop, starts: Sequence[Tensor], epochs: int) -> Trace:
-    """The run at the rate that a short search finds; see :func:`fine_tune`."""
-    d_in = max(matrix.shape[1] for matrix in loop.matrices)
-    run = _Run(loop, starts, START / d_in)
+def _at_found_rate(loop: _Loop, epochs: int) -> Trace:
+    """The run at the rate that a short search finds; see :func:`train`."""
+    run = _Run(loop, START / loop.width)
     if ARRIVAL * epochs <= TRIAL:
         return run.until(epochs, "edit", epochs, halve=True)
     best = run.until(TRIAL, "edit", epochs)
     trials = [Trial(run.rate, list(best.epoch_losses))]
     for factor, worth in ((2.0, WORTH), (0.5, 1.0)):
-        if best.rates[0] > START / d_in:
+        if best.rates[0] > START / loop.width:
             break  # a higher rate was taken
         while not best.stopped_early and too_slow(best.epoch_losses, epochs):
             rate = factor * best.rates[0]
-            if not LOWEST <= rate * d_in <= LIMIT:
+            if not LOWEST <= rate * loop.width <= LIMIT:
                 break
-            run = _Run(loop, starts, rate)
+            run = _Run(loop, rate)
             try:
                 other = run.until(TRIAL, f"trial at lr {rate:.1e}", TRIAL)
             except NumericsError:
@@ -352,16 +347,16 @@ def _at_found_rate(loop: _Loop, starts: Sequence[Tensor], epochs: int) -> Trace:
                 break
             best = other
     if run.trace is not best:
-        run = _Run(loop, starts, best.rates[0])
+        run = _Run(loop, best.rates[0])
     trace = run.until(epochs, "edit", epochs, halve=True)
     trace.trials = trials
     return trace
 
 
-def fine_tune(
+def train(
     model: Any,
     matrices: Sequence[EditMatrix],
-    rules: Sequence[UpdateRule],
+    trainee: Trainee,
     rows: Sequence[EditRow],
     *,
     lr: float | Literal["auto"],
@@ -369,12 +364,14 @@ def fine_tune(
     batch_size: int,
     seed: int = 0,
     stop_loss: float = STOP_LOSS,
+    reduction: Reduction = "token",
     start: Start = "matrix",
     precision: Precision = "auto",
     alike: bool | None = None,
+    scale: float = 1.0,
     progress: Progress = no_progress,
 ) -> Trace:
-    """Fine-tunes the matrices in place with Adam, each through its update rule.
+    """Trains with Adam what is a part of the model's matrices.
 
     With ``lr`` "auto" the rate is :data:`START` / d_in. If trials of :data:`TRIAL` epochs say that the loss falls
     too slowly to arrive (:func:`too_slow`), the rate is doubled as long as that makes the loss fall faster by
@@ -383,18 +380,21 @@ def fine_tune(
     less; and a model that learns the edits badly at any rate is not to be pushed. Measured in docs/decisions.md.
 
     Args:
-        model: A causal LM, its matrices inside :func:`float32_masters`.
-        matrices: What is edited.
-        rules: One per matrix; their parameters start at zero or go on from where they are.
+        model: A causal LM.
+        matrices: Those that change, in the order in which the model uses them, inside
+            :func:`crispedit.precision.float32_masters`.
+        trainee: What is trained.
         rows: The edits' rows.
         lr: Adam's learning rate, or ``auto``.
         epochs: Passes over the rows, at most; trials that are not taken come on top.
         batch_size: Rows per step.
         seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
+        reduction: See :data:`Reduction`.
         start: The most that is replayed (:mod:`crispedit.replay`).
-        precision: See :func:`mixed_precision`.
+        precision: See :func:`crispedit.precision.mixed_precision`.
         alike: Whether batches are of like length (:func:`batches`); where rows cannot be packed, when omitted.
+        scale: Learning rates that are looked for are so many times those for Adam on a matrix itself.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
@@ -410,18 +410,21 @@ def fine_tune(
         logits=logits,
         mixed=mixed,
         alike=not logits.packed if alike is None else alike,
-        matrices=matrices,
-        rules=rules,
+        trainee=trainee,
+        width=max(matrix.shape[1] for matrix in matrices) / scale,
         batch_size=batch_size,
         seed=seed,
         stop_loss=stop_loss,
+        reduction=reduction,
         progress=progress,
-        originals=[matrix.weight - rule.delta() for matrix, rule in zip(matrices, rules, strict=True)],
     )
-    starts = [rule.parameter.clone() for rule in rules]
-    if lr == "auto":
-        trace = _at_found_rate(loop, starts, epochs)
-    else:
-        trace = _Run(loop, starts, lr).until(epochs, "edit", epochs)
+    trace = _at_found_rate(loop, epochs) if lr == "auto" else _Run(loop, lr).until(epochs, "edit", epochs)
     trace.forward = {**logits.report(), "precision": "bfloat16" if mixed else str(model.dtype).removeprefix("torch.")}
     return trace
+
+
+def fine_tune(
+    model: Any, matrices: Sequence[EditMatrix], rules: Sequence[UpdateRule], rows: Sequence[EditRow], **options: Any
+) -> Trace:
+    """Fine-tunes the matrices in place, each through its update rule; ``options`` are those of :func:`train`."""
+    return train(model, matrices, RuledMatrices(matrices, rules), rows, **options)

@@ -1,0 +1,117 @@
+"""What editors that train matrices with Adam have in common: their settings, and a round of the loop."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..precision import Precision
+from ..replay import Start
+from ..rotation import rotated
+from ..training import STOP_LOSS, Reduction, Trace, fine_tune, rows_per_step
+from ..updates import Unconstrained, UpdateRule
+from .base import EditorConfig, EditProblem, Round
+
+PUBLISHED = {"lr": 5e-4, "batch_size": 32, "epochs": 25, "eos": False}
+"""Of all gradient editors in the published comparison (CrispEdit, arXiv 2602.15823, appendix E)."""
+
+
+class GradientConfig(EditorConfig):
+    """Settings of the edit loop.
+
+    Args:
+        lr: Adam's learning rate, or ``auto``.
+        epochs: Passes over the edits, at most.
+        batch_size: Edits per step, at most, and never more than an eighth of the edits.
+        stop_loss: The mean loss of an epoch that ends the edit.
+        replay: From where every step is computed at the most; see :mod:`crispedit.replay`.
+        precision: ``bfloat16`` computes steps in mixed precision around float32 masters, ``float32`` in the model's
+            dtype; see :func:`crispedit.precision.mixed_precision`.
+        eos: Whether targets end with an end-of-sequence (in a chat: end-of-turn) token.
+    """
+
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    epochs: Annotated[int, Field(ge=1)] = 25
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
+    replay: Start = "matrix"
+    precision: Precision = "auto"
+
+
+def unconstrained(problem: EditProblem) -> list[UpdateRule]:
+    """Rules of plain fine-tuning for all matrices."""
+    return [Unconstrained(matrix.shape, matrix.parameter.device) for matrix in problem.matrices]
+
+
+def train_rules(
+    problem: EditProblem,
+    config: GradientConfig,
+    rules: Sequence[UpdateRule],
+    chosen: Sequence[int],
+    *,
+    lr: float | Literal["auto"] | None = None,
+    reduction: Reduction = "token",
+) -> Trace:
+    """Trains some of the edits into the matrices, each through its rule.
+
+    Args:
+        problem: What is to be edited.
+        config: Settings.
+        rules: One per matrix.
+        chosen: Indices of edits.
+        lr: In place of the configured rate.
+        reduction: See :data:`crispedit.training.Reduction`.
+
+    Returns:
+        How it went.
+    """
+    with rotated(problem.matrices, [rule.frame for rule in rules]):
+        return fine_tune(
+            problem.model,
+            problem.matrices,
+            rules,
+            [problem.rows[index] for index in chosen],
+            lr=config.lr if lr is None else lr,
+            epochs=config.epochs,
+            batch_size=rows_per_step(len(chosen), config.batch_size),
+            seed=problem.seed,
+            stop_loss=config.stop_loss,
+            reduction=reduction,
+            start=config.replay,
+            precision=config.precision,
+            progress=problem.progress,
+        )
+
+
+class RoundsConfig(GradientConfig):
+    """Settings of the edit loop, round by round.
+
+    Args:
+        round_size: Edits per round; they are taken in their order.
+    """
+
+    round_size: Annotated[int, Field(ge=1)] = 100
+
+
+def train_rounds(
+    problem: EditProblem,
+    config: RoundsConfig,
+    rules_of_round: Callable[[], Sequence[UpdateRule]],
+    finished: Callable[[Sequence[int]], dict[str, Any]] = lambda chosen: {},
+) -> Iterator[Round]:
+    """Trains the edits in rounds, with a fresh Adam for each; a rate that is to be found is found in the first.
+
+    Args:
+        problem: What is to be edited.
+        config: Settings.
+        rules_of_round: Makes the rules of a round, one per matrix.
+        finished: Called with the edits of a round when they are in; gives its details.
+
+    Yields:
+        One round after the other.
+    """
+    lr = config.lr
+    for chosen in problem.rounds(config.round_size):
+        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr)
+        lr = trace.rates[0] if lr == "auto" else lr
+        yield Round(num_edits=chosen.stop, trace=trace, details=finished(chosen))
