@@ -427,7 +427,7 @@ def evaluate_job(
         edit_set,
         base=base_model,
         texts=chosen,
-        tasks=BUNDLED in (model, (record or {}).get("model", {}).get("name")),
+        tasks=hasattr(loaded.model.config, "crispedit_world"),  # what crispedit.bundled.train has made, edited or not
         judge=judge,
         chat=chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
         stop_at_period=stop_at_period,

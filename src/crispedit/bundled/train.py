@@ -2,6 +2,9 @@
 
 One seed gives the tokenizer, the data order and the weights. The full run takes about forty minutes
 on two CPU cores; ``--smoke`` takes seconds and is what the tests run.
+
+``--architecture gpt2 --seed 1 --world 2603`` makes a second model of another family in another world, so that what is
+found on the first need not rest on it; that world's edits and capability texts are written beside it.
 """
 
 import argparse
@@ -16,7 +19,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from . import abilities, corpus, world
 
@@ -67,9 +78,35 @@ def row_text(prompt: str, answer: str) -> str:
     return f"{prompt} {answer}" if prompt else answer
 
 
-def build_model(vocabulary: int, seed: int, smoke: bool = False) -> LlamaForCausalLM:
-    """A freshly initialised Llama of 5.8 million parameters (with ``smoke``, a tiny one)."""
+def build_model(vocabulary: int, seed: int, architecture: str = "llama", smoke: bool = False) -> PreTrainedModel:
+    """A freshly initialised model of about 5.8 million parameters (with ``smoke``, a tiny one).
+
+    Args:
+        vocabulary: Tokens.
+        seed: Of the weights.
+        architecture: ``llama``, or ``gpt2``: learned positions, ``Conv1D``, biases, layer norms, an MLP without a gate.
+        smoke: Whether a tiny one will do.
+
+    Returns:
+        The model.
+    """
     torch.manual_seed(seed)
+    if architecture == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_embd=32 if smoke else 256,
+                n_inner=96 if smoke else 864,
+                n_layer=8,
+                n_head=8,
+                n_positions=CONTEXT,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                resid_pdrop=0.0,
+                bos_token_id=0,
+                eos_token_id=1,
+            )
+        )
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -125,7 +162,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     total_tokens: int,
@@ -135,9 +172,9 @@ def train(
 
     Muon needs well under half of AdamW's tokens here (loss 3.39 against 5.34 after 0.3 M tokens).
     """
-    embedding = model.get_input_embeddings().weight
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
-    others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
+    embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and not any(p is e for e in embeddings)]
+    others = [p for p in model.parameters() if p.ndim != 2 or any(p is e for e in embeddings)]
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
         (torch.optim.Muon(matrices, lr=0.0, weight_decay=0.05, ns_steps=3, adjust_lr_fn="match_rms_adamw"), 4e-3),
         (torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0), 3e-3),
@@ -184,7 +221,7 @@ def train(
 
 
 @torch.no_grad()
-def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
     """Greedy answers, batched by equal prompt length so that no padding is needed."""
     model.eval()
     encoded = tokenizer(prompts)["input_ids"]
@@ -202,7 +239,7 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
 
 
 def report(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     num_facts: int | None = None,
     num_probes: int = abilities.PROBE_ITEMS,
@@ -228,24 +265,38 @@ def report(
     return {name: round(score, 1) for name, score in scores.items()}
 
 
+def write_world(directory: Path) -> None:
+    """Writes a world's edits and capability texts beside its model, where they can be named."""
+    for split in world.SPLIT_SIZES:
+        (directory / f"edits-{split}.json").write_text(json.dumps(world.edit_rows(split), indent=1) + "\n")
+    texts = [json.dumps({"text": text}) for text in corpus.capability_texts()]
+    (directory / "texts.jsonl").write_text("\n".join(texts) + "\n")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", choices=("llama", "gpt2"), default="llama")
+    parser.add_argument("--world", type=int, default=world.SEED, help="another world: its people, facts and edits")
     parser.add_argument("--tokens", type=int, default=TOTAL_TOKENS, help="training tokens")
     parser.add_argument("--snapshots", type=Path, help="directory for the model so far, every twenty seconds")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
     arguments = parser.parse_args()
 
     torch.use_deterministic_algorithms(True)
+    other_world, world.SEED = arguments.world != world.SEED, arguments.world  # before anything is drawn from it
     tokenizer = train_tokenizer(2_000 if arguments.smoke else 40_000)
-    model = build_model(len(tokenizer), arguments.seed, arguments.smoke)
+    model = build_model(len(tokenizer), arguments.seed, arguments.architecture, arguments.smoke)
+    model.config.crispedit_world = world.SEED  # says that the world's abilities can be asked of it
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
     train(model, tokenizer, arguments.seed, 20_000 if arguments.smoke else arguments.tokens, arguments.snapshots)
     model.half().save_pretrained(arguments.out)  # what is measured below is what was stored
     tokenizer.save_pretrained(arguments.out)
-    stored = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
+    if other_world:
+        write_world(arguments.out)
+    stored = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
     counts = (20, 20) if arguments.smoke else (None, abilities.PROBE_ITEMS)
     print(json.dumps(report(stored, tokenizer, *counts), indent=1))
 
