@@ -423,3 +423,22 @@ def test_frozen_leaves_the_model_as_it_was():
         model.model.norm.weight = nn.Parameter(torch.ones(32), requires_grad=False)  # as an edit does
     assert model.training
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_parts_of_a_block_are_found_in_every_family(name):
+    """Each is what the block computes with it: of shape (out, hidden), no down-projection, in the block it names."""
+    model = tiny_model(name)
+    hidden = model.config.get_text_config().hidden_size
+    (down,) = edit_matrices(model, (1,))
+    for part in ("gate", "up", "query", "value"):
+        (matrix,) = edit_matrices(model, (1,), (part,))
+        assert matrix.shape[1] == hidden
+        assert matrix.name != down.name
+        assert ".1." in matrix.name
+    both = edit_matrices(model, (1, 2), ("gate", "up"))
+    assert len(both) in (2, 4)
+    assert [m.layer for m in both] == sorted(m.layer for m in both)
+    gate, up = (edit_matrices(model, (1,), (part,))[0].name for part in ("gate", "up"))
+    if "gate_proj" in "".join(dict(model.named_modules())):
+        assert (gate.split(".")[-2], up.split(".")[-2]) == ("gate_proj", "up_proj")

@@ -10,6 +10,7 @@ import torch
 from crispedit.errors import ConfigError, NumericsError
 from crispedit.factors import estimate_factors
 from crispedit.models import edit_matrices, frozen
+from crispedit.precision import float32_masters, mixed_precision
 from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
@@ -22,8 +23,6 @@ from crispedit.training import (
     batches,
     edit_loss,
     fine_tune,
-    float32_masters,
-    mixed_precision,
     progress_ratio,
     rows_per_step,
     too_slow,

@@ -241,16 +241,19 @@ def print_proof(result: EditResult) -> None:
         f"{metrics['answers_changed_by_rounding']} answers changed by it",
         soft_wrap=True,
     )
-    settings, training = result.settings, metrics["training"]
+    settings, training, loss = result.settings, metrics["training"], metrics["edit_loss"]
     rates, tried = training["learning_rates"], [trial["learning_rate"] for trial in training["trials"]]
-    rate = f"{rates[0]:.1e}" + (f" falling to {rates[-1]:.1e}" if rates[-1] < rates[0] else "")
-    rate += f" (tried up to {max(tried):.1e})" if len(tried) > 1 else ""
-    out.print(
-        f"{settings['editor']}: energy {settings.get('energy', '–')}, "
-        f"learning rate {rate}, {len(rates)} epochs, edit {seconds['edit']:.1f} s, "
-        f"curvature {seconds['curvature']:.1f} s, proof {seconds['proof']:.1f} s",
-        soft_wrap=True,
-    )
+    said = [f"edit loss {loss['before']:.3f} before, {loss['after']:.3f} after"]
+    if "energy" in settings:
+        said.append(f"energy {settings['energy']}")
+    if rates:
+        falling = f" falling to {rates[-1]:.1e}" if rates[-1] < rates[0] else ""
+        up_to = f" (tried up to {max(tried):.1e})" if len(tried) > 1 else ""
+        said += [f"learning rate {rates[0]:.1e}{falling}{up_to}", f"{len(rates)} epochs"]
+    if len(metrics["rounds"]) > 1:
+        said.append(f"{len(metrics['rounds'])} rounds")
+    said += [f"{what} {seconds[what]:.1f} s" for what in ("edit", "curvature", "proof")]
+    out.print(f"{settings['editor']}: {', '.join(said)}", soft_wrap=True)
     if training["forward"]:
         out.print(_steps(training["forward"]), soft_wrap=True)
 

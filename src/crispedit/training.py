@@ -173,8 +173,9 @@ def progress_ratio(losses: Sequence[float], others: Sequence[float]) -> float:
 class Trainee(Protocol):
     """What the loop trains, and how it is in the model."""
 
-    parameters: Sequence[Tensor]
-    """What Adam trains: float32."""
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What Adam trains: float32."""
 
     def differentiated(self) -> Sequence[Tensor]:
         """In what the loss is differentiated: tensors of the model's graph."""
