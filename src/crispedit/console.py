@@ -25,6 +25,7 @@ from .editing import EditResult
 from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
+from .tradeoff import Comparison
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -40,8 +41,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bars() -> Iterator[ProgressCallback]:
+def progress_bars(*, keep: bool = True) -> Iterator[ProgressCallback]:
     """Progress bars on stderr, one for each kind of step; silent where stderr is no terminal.
+
+    Args:
+        keep: Whether bars stay when their step is done.
 
     Yields:
         The callback that every long step reports to.
@@ -61,7 +65,9 @@ def progress_bars() -> Iterator[ProgressCallback]:
                 running[what] = bars.add_task(what, total=total)
             bars.update(running[what], completed=done, total=total)
             if done >= total:
-                running.pop(what)
+                finished = running.pop(what)
+                if not keep:
+                    bars.remove_task(finished)
 
         lines = _Lines(logging.INFO)
         log.addHandler(lines)
@@ -98,6 +104,16 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out.print(table)
+
+
+def print_comparison(found: Comparison) -> None:
+    """What editors gain and cost, what can be said of it, and which of them failed."""
+    shared = found.shared
+    print_table(f"{shared['model']} on {shared['edits']['source']}, judge: {shared['judge']}", *found.table(wide=False))
+    for name, said in found.claims():
+        out.print(f"{name}: {said}", soft_wrap=True)
+    for index in found.failed:
+        out.print(f"{found.names[index]} failed: {found.rows[index].record['reason']}", soft_wrap=True)
 
 
 _SCORE_ROWS = [
