@@ -5,6 +5,7 @@ are joined, the Pareto front is a line with ringed points, and bars are the 95 %
 the base model, drawn where the row is. matplotlib is the optional extra ``plot``: only what draws imports it.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ TITLES = {
     "abilities": "capability kept: mean of the tasks, %",
     "drift": "drift on held-out texts, nats/token (less is better)",
 }
-DISTANCES = (1.0, 1.7, 2.6, 3.6)
-"""Of a label from its point, in its own heights."""
+RINGS, ANGLES = 10, 16
+"""Places for a label: as many heights off its point at most, in as many directions."""
 
 
 def draw_comparison(found: Comparison, path: Path) -> None:
@@ -201,29 +202,22 @@ def _place_labels(
             points[index],
             xytext=((box.x0 - x) / per_point, (box.y0 - y) / per_point),
             textcoords="offset points",
-            arrowprops={"arrowstyle": "-", "color": FRONT, "linewidth": 0.6} if far > 1 else None,
+            arrowprops={"arrowstyle": "-", "color": FRONT, "linewidth": 0.6} if far else None,
             **style,
         )
 
 
-def _places(point: tuple[float, ...], width: float, height: float, gap: float) -> Iterator[tuple[float, Any]]:
-    """Boxes around a point, the nearest first, with their distance."""
+def _places(point: tuple[float, ...], width: float, height: float, gap: float) -> Iterator[tuple[int, Any]]:
+    """Boxes around a point, the nearest first, each with its ring."""
     from matplotlib.transforms import Bbox
 
     x, y = point
-    for distance in DISTANCES:
-        off = gap + (distance - 1) * 1.3 * height
-        for left, bottom in (
-            (x + off, y - height / 2),
-            (x + off * 0.7, y + off * 0.7),
-            (x + off * 0.7, y - off * 0.7 - height),
-            (x - off - width, y - height / 2),
-            (x - off * 0.7 - width, y + off * 0.7),
-            (x - off * 0.7 - width, y - off * 0.7 - height),
-            (x - width / 2, y + off),
-            (x - width / 2, y - off - height),
-        ):
-            yield distance, Bbox.from_bounds(left, bottom, width, height)
+    for ring in range(RINGS):
+        off = gap + ring * height
+        for step in range(ANGLES):
+            angle = 2 * math.pi * step / ANGLES
+            middle = (x + math.cos(angle) * (off + width / 2), y + math.sin(angle) * (off + height / 2))
+            yield ring, Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
 
 
 def _hidden(box: Any, taken: Sequence[Any], inside: Any) -> float:
