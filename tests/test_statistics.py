@@ -164,6 +164,14 @@ def test_what_was_never_seen_is_bounded_exactly():
     assert found.low == -found.high
 
 
+def test_an_interval_ends_where_the_measure_does():
+    """All of four items gained: the bound on what was not seen is 60 points, and 100 per cent is all there is."""
+    found = compared(percent(*binary(4, 4)), percent(*binary(4, 0)))
+    assert found.low == pytest.approx(100 * 0.025**0.25, rel=1e-6)
+    assert found.high == 100
+    assert compared(percent(*binary(4, 0)), percent(*binary(4, 0))).low == 0
+
+
 def test_the_detectable_difference_is_the_formulas_where_nothing_bounds_it():
     """(z_0.975 + z_0.8) standard errors: 2.8016 of them."""
     torch.manual_seed(0)

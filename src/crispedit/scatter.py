@@ -68,7 +68,7 @@ def figure_of(found: Comparison) -> "Figure":
 
     editors = list(dict.fromkeys(row.editor for row in found.rows[1:] if row.done))
     panels = len(found.kept)
-    width, height = 1.0 + 6.2 * panels + 2.3, 5.6
+    width, height = 6.2 * panels + 2.2, 5.6
     figure = Figure(figsize=(width, height), dpi=150)
     text: dict[str, Any] = {"color": INK, "va": "top", "parse_math": False}
     shared = found.shared
@@ -85,7 +85,7 @@ def figure_of(found: Comparison) -> "Figure":
         handles,
         labels,
         loc="upper left",
-        bbox_to_anchor=((1.0 + 6.2 * panels - 0.25) / width, 1 - 0.82 / height),
+        bbox_to_anchor=((6.2 * panels + 0.05) / width, 1 - 0.82 / height),
         frameon=False,
         fontsize=9,
     )
@@ -193,14 +193,14 @@ def _place_labels(
         size = tried.get_window_extent()
         tried.remove()
         far, box = min(
-            _places((x, y), size.width, size.height, 7 * per_point),
+            _places((x, y), size.width + 2 * per_point, size.height + per_point, 7 * per_point),
             key=lambda place: (_hidden(place[1], taken, inside), place[0]),
         )
         taken.append(box)
         axes.annotate(
             label,
             points[index],
-            xytext=((box.x0 - x) / per_point, (box.y0 - y) / per_point),
+            xytext=((box.x0 - x) / per_point + 1, (box.y0 - y) / per_point + 0.5),
             textcoords="offset points",
             arrowprops={"arrowstyle": "-", "color": FRONT, "linewidth": 0.6} if far else None,
             **style,

@@ -62,7 +62,7 @@ class Measure:
 
     Args:
         strata: Of the items; the same for all models that are compared.
-        span: The largest value of s/c less its smallest, where it is bounded (100 for percentages).
+        span: The largest that s/c may be, where it is bounded (100 for percentages); the smallest is 0.
     """
 
     strata: tuple[Stratum, ...]
@@ -139,8 +139,10 @@ def differences(
             continue
         error = _jackknife_error(measure, measures[reference])
         low, high = percentile_interval(drawn[:, index], level)
-        if error == 0 and measure.span is not None:
-            low, high = value - _unseen(measure, level), value + _unseen(measure, level)
+        if measure.span is not None:
+            most = measure.span - float(values[reference])
+            unseen = _unseen(measure, level) if error == 0 else 0.0
+            low, high = max(low - unseen, most - measure.span), min(high + unseen, most)
         found.append(
             Difference(
                 value=value,
