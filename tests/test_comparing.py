@@ -205,7 +205,8 @@ def test_the_program_says_which_rows_failed(job, monkeypatch, capsys):
     command = "compare bundled edits.json --editors ft,ft-seq --texts texts.txt --out out"
     assert cli._run(command.split()) == 1
     said = capsys.readouterr()
-    assert "ft: loses" in said.out or "ft: no loss found" in said.out
+    assert "abilities, points, against the base model, with 95 % intervals" in said.out
+    assert "loses 40.00 points" in said.out
     assert "ft-seq failed: the edit loss did not fall" in said.out
     assert "table.md, results.json, tradeoff.png are in out" in said.out
     assert "crispedit: 1 of 3 rows failed; the same command runs them again" in said.err

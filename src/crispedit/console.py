@@ -25,7 +25,8 @@ from .editing import EditResult
 from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
-from .tradeoff import Comparison
+from .statistics import LEVEL
+from .tradeoff import ON_FRONT, Comparison
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -109,9 +110,17 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 def print_comparison(found: Comparison) -> None:
     """What editors gain and cost, what can be said of it, and which of them failed."""
     shared = found.shared
-    print_table(f"{shared['model']} on {shared['edits']['source']}, judge: {shared['judge']}", *found.table(wide=False))
-    for name, said in found.claims():
-        out.print(f"{name}: {said}", soft_wrap=True)
+    title = f"{shared['model']} on {shared['edits']['source']}, judge: {shared['judge']}; scores in %"
+    print_table(title, *found.table(wide=False))
+    if found.kept:
+        out.print(f"{ON_FRONT}: on the Pareto front of edit success and that column", soft_wrap=True)
+    name, claims = found.claims()
+    if claims:
+        said = f"{name}, against the base model, with {100 * LEVEL:g} % intervals of the paired differences:"
+        out.print(said, soft_wrap=True)
+    for editor, difference, said in claims:
+        wide = max(len(claim[0]) for claim in claims), max(len(claim[1]) for claim in claims)
+        out.print(f"  {editor:<{wide[0]}}  {difference:<{wide[1]}}  {said}", soft_wrap=True)
     for index in found.failed:
         out.print(f"{found.names[index]} failed: {found.rows[index].record['reason']}", soft_wrap=True)
 

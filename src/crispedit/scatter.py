@@ -183,6 +183,7 @@ def _place_labels(
     taken = [
         Bbox.from_bounds(x - 5 * per_point, y - 5 * per_point, 10 * per_point, 10 * per_point) for x, y in at.values()
     ]
+    crossed = [Bbox.from_extents(*ends).padded(per_point / 2) for ends in _bar_ends(axes)]
     inside = axes.get_window_extent()
     for index, label in labels.items():
         if not label:
@@ -194,7 +195,10 @@ def _place_labels(
         tried.remove()
         far, box = min(
             _places((x, y), size.width + 2 * per_point, size.height + per_point, 7 * per_point),
-            key=lambda place: (_hidden(place[1], taken, inside), place[0]),
+            key=lambda place: (
+                _hidden(place[1], taken, inside),
+                _hidden(place[1], crossed, inside) + 3 * place[0] * size.height,  # rather near than off a bar
+            ),
         )
         taken.append(box)
         axes.annotate(
@@ -207,6 +211,15 @@ def _place_labels(
         )
 
 
+def _bar_ends(axes: "Axes") -> Iterator[tuple[float, float, float, float]]:
+    """The bars of a panel, in pixels: x and y of both ends."""
+    for container in axes.containers:
+        for bars in container[2]:
+            for segment in bars.get_segments():
+                ends = axes.transData.transform(segment)
+                yield *ends.min(0), *ends.max(0)
+
+
 def _places(point: tuple[float, ...], width: float, height: float, gap: float) -> Iterator[tuple[int, Any]]:
     """Boxes around a point, the nearest first, each with its ring."""
     from matplotlib.transforms import Bbox
@@ -215,9 +228,15 @@ def _places(point: tuple[float, ...], width: float, height: float, gap: float) -
     for ring in range(RINGS):
         off = gap + ring * height
         for step in range(ANGLES):
-            angle = 2 * math.pi * step / ANGLES
-            middle = (x + math.cos(angle) * (off + width / 2), y + math.sin(angle) * (off + height / 2))
-            yield ring, Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+            angle = 2 * math.pi * (step / ANGLES + 1 / 8)  # first the diagonal, where no bar is
+            left = x + math.cos(angle) * off - _share(math.cos(angle)) * width
+            bottom = y + math.sin(angle) * off - _share(math.sin(angle)) * height
+            yield ring, Bbox.from_bounds(left, bottom, width, height)
+
+
+def _share(direction: float) -> float:
+    """How much of a label lies before its anchor in this direction (a cosine): nothing, all, or half if it is across."""
+    return 0.5 if abs(direction) < 0.3 else 0.0 if direction > 0 else 1.0
 
 
 def _hidden(box: Any, taken: Sequence[Any], inside: Any) -> float:

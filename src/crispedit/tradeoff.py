@@ -16,6 +16,14 @@ BASE, PLAIN = "base", "ft"
 CONTEXTS = ("no_context", "qa_context")
 KINDS = ("reliability", "generalization", "locality")
 LOWER_IS_BETTER = ("drift", "loss")
+ON_FRONT = "◆"
+_TITLES = {
+    "success": "edit success, points",
+    "locality": "locality, points",
+    "abilities": "abilities, points",
+    "drift": "drift, nats/token",
+    "loss": "capability loss, nats/token",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,40 +214,41 @@ class Comparison:
         """
         columns: list[tuple[str, Callable[[int], str]]] = [
             ("editor", lambda i: self.names[i]),
-            ("edit success, %", lambda i: self._cell("success", i)),
+            ("edit success, %" if wide else "success", lambda i: self._cell("success", i)),
         ]
         scores = [("", kind) for kind in KINDS] + [("in context ", kind) for kind in KINDS]
         for context, kind in scores if wide else scores[2:3]:
             name = f"qa_context.{kind}" if context else kind
             if name in self.values:
-                columns.append((f"{context}{kind}, %", lambda i, name=name: self._cell(name, i)))  # type: ignore[misc]
+                title = f"{context}{kind}, %" if wide else kind
+                columns.append((title, lambda i, name=name: self._cell(name, i)))  # type: ignore[misc]
         if "abilities" in self.values:
-            columns.append(("abilities, %", lambda i: self._cell("abilities", i, 2)))
+            columns.append(("abilities, %" if wide else "abilities", lambda i: self._cell("abilities", i, 2)))
         if "drift" in self.values:
-            columns.append(("drift, nats/token", lambda i: self._cell("drift", i, 4)))
+            columns.append(("drift, nats/token" if wide else "drift", lambda i: self._cell("drift", i, 4)))
         if wide:
             columns.append(("curvature", lambda i: _curvature(self.rows[i].record)))
         columns.append(("edit", lambda i: "–" if i == 0 else _duration(self.rows[i].record["seconds"]["edit"])))
-        columns.append(("peak memory", lambda i: _gigabytes(self.rows[i].record)))
-        if self.kept:
-            columns.append(("front", self._front))
+        columns.append(("peak memory" if wide else "memory", lambda i: _gigabytes(self.rows[i].record)))
         shown = [index for index, row in enumerate(self.rows) if row.done]
         return [name for name, _ in columns], [[cell(index) for _, cell in columns] for index in shown]
 
     def _cell(self, name: str, index: int, digits: int = 1) -> str:
         value = self.values[name][index]
-        return "–" if value is None else f"{value:.{digits}f}"
+        mark = f" {ON_FRONT}" if index in self.fronts.get(name, ()) else ""
+        return "–" if value is None else f"{value:.{digits}f}{mark}"
 
-    def _front(self, index: int) -> str:
-        return "base" if index == 0 else ", ".join(name for name in self.kept if index in self.fronts[name])
-
-    def claims(self) -> list[tuple[str, str]]:
-        """Of every measured editor, what can be said of its capabilities against the base model's."""
+    def claims(self) -> tuple[str, list[tuple[str, str, str]]]:
+        """What was compared with the base model; and by row its name, the difference, and what that says."""
         name = "abilities" if "abilities" in self.values else "loss" if "loss" in self.values else None
         if name is None:
-            return []
+            return "", []
         found = self.against[BASE][name]
-        return [(self.names[i], claim(name, found[i])) for i in range(1, len(self.rows)) if found[i] is not None]
+        return _TITLES[name], [
+            (self.names[i], interval(name, found[i]).strip("*"), claim(name, found[i]))
+            for i in range(1, len(self.rows))
+            if found[i] is not None
+        ]
 
     def markdown(self) -> str:
         """``table.md``."""
@@ -279,7 +288,10 @@ class Comparison:
             "the edit is proved."
         )
         if self.kept:
-            notes.append("Front: no other editor here has more edit success and keeps more, by the point estimates.")
+            notes.append(
+                f"{ON_FRONT}: on the Pareto front of edit success and that column, by the point estimates: no other "
+                "row is as good in both and better in one."
+            )
         return [*notes, ""]
 
     def _differences(self, reference: str) -> list[str]:
@@ -287,17 +299,10 @@ class Comparison:
         found = self.against[reference]
         names = [n for n in ("success", "locality", "abilities", "drift", "loss") if n in found]
         claimed = "abilities" if "abilities" in found else "loss" if "loss" in found else ""
-        titles = {
-            "success": "edit success, points",
-            "locality": "locality, points",
-            "abilities": "abilities, points",
-            "drift": "drift, nats/token",
-            "loss": "capability loss, nats/token",
-        }
         its_index = 0 if reference == BASE else self.plain
-        header = ["editor", *(titles[name] for name in names)]
+        header = ["editor", *(_TITLES[name] for name in names)]
         if claimed:
-            header.append("abilities kept" if claimed == "abilities" else "capability loss")
+            header.append(f"so its {_TITLES[claimed].partition(',')[0]}")
         rows = []
         for index, row in enumerate(self.rows):
             if not row.done or index in (0, its_index):
