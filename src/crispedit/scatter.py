@@ -235,7 +235,7 @@ def _places(point: tuple[float, ...], width: float, height: float, gap: float) -
 
 
 def _share(direction: float) -> float:
-    """How much of a label lies before its anchor in this direction (a cosine): nothing, all, or half if it is across."""
+    """How much of a label lies before its anchor in a direction (a cosine): nothing, all, or half if it is across."""
     return 0.5 if abs(direction) < 0.3 else 0.0 if direction > 0 else 1.0
 
 
