@@ -30,7 +30,7 @@ def record(editor: str) -> dict:
             "texts": {"drift": [drift, 2 * drift], "loss": [5.0, 7.0], "loss_base": [5.0, 7.0], "tokens": [5.0, 7.0]},
         },
         "seconds": {"edit": 1.0, "proof": 0.5, "evaluation": 2.0},
-        "memory": {"edit": 10**9, "row": 10**9, "gpu": None},
+        "memory": {"process": 10**9, "gpu": None},
     }
 
 

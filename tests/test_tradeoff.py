@@ -24,7 +24,7 @@ def row(editor="ft", of="ft", drift=None, **given):
     found = record(of)
     if drift is not None:
         found["items"]["texts"]["drift"] = [5 * drift, 7 * drift]
-    curvature = {"seconds": 3.0, "cached": False, "memory": 0}
+    curvature = {"seconds": 3.0, "cached": False, "memory": None}
     return Row(editor=editor, given=given, record={**found, "curvature": curvature})
 
 

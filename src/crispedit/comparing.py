@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import torch
 
 from . import __version__
 from .artifacts import check_writable, read_json, write_json, write_text
-from .capability import logits_of
+from .capability import Logits, logits_of
 from .curvature import read_manifest
+from .editing import EditResult
 from .editors import configured, editor_names
 from .editors.base import EditorConfig
 from .edits import EditSet
@@ -59,6 +60,7 @@ from .rows import Prompter
 from .scatter import draw_comparison
 from .texts import CapabilityTexts
 from .tradeoff import BASE, Comparison, Row
+from .wild import questions, score_items
 
 ABOUT, ROWS, TABLE, RESULTS, PLOT = "comparison.json", "rows", "table.md", "results.json", "tradeoff.png"
 
@@ -232,7 +234,6 @@ class CompareJob:
             "dtype": dtype,
             "device": find_device(self.device).type,
             "seed": self.seed,
-            "tasks": has_tasks(self.model),
         }
 
     def task(self, row: Planned) -> dict[str, Any]:
@@ -295,7 +296,7 @@ class _Runner:
         if row.reason:
             return self._failed(row, row.reason)
         task = self.job.task(row) | {"fingerprint": base.get("fingerprint"), "base_answers": base.get("answers")}
-        curvature: dict[str, Any] = {"seconds": 0.0, "cached": False, "memory": 0}
+        curvature: dict[str, Any] = {"seconds": 0.0, "cached": False, "memory": None}
         if row.config is not None and row.config.needs_curvature():
             curvature = self._curvature(row, task)
             if "reason" in curvature:
@@ -362,14 +363,14 @@ def prepare_curvature(task: dict[str, Any], progress: Progress) -> dict[str, Any
 
     Returns:
         ``seconds`` that its estimate took, now or long ago (``None`` where that is not known), whether it was
-        ``cached``, and the peak ``memory`` of this process, in bytes.
+        ``cached``, and the peak ``memory`` of this process.
     """
     curvature, cached = EditJob(**task["job"]).curvature_in_cache(**task["options"], progress=progress)
     assert curvature.path is not None
     return {
         "seconds": read_manifest(curvature.path).get("seconds"),
         "cached": cached,
-        "memory": peak_bytes(),
+        "memory": _memory(),
     }
 
 
@@ -392,47 +393,24 @@ def measure_row(task: dict[str, Any], progress: Progress) -> dict[str, Any]:
     assert texts is not None
     options: dict[str, Any] = {
         "texts": texts.held_out,
-        "tasks": has_tasks(job.model),
         "judge": task["judge"],
         "chat": job.chat,
         "progress": progress,
     }
     if job.editor == BASE:
         loaded = load_model(job.model, **task["options"])
-        started = time.monotonic()
-        found = measure(loaded.model, loaded.tokenizer, edits, base=logits_of(loaded.model), **options)
-        unknown = any(near.answer is None for edit in edits for near in edit.locality)
-        if unknown:  # right is what the base model says
-            found = measure(
-                loaded.model,
-                loaded.tokenizer,
-                edits,
-                base=logits_of(loaded.model),
-                base_answers=found.answers,
-                **options,
-            )
-        record: dict[str, Any] = {
-            "fingerprint": fingerprint(loaded.model),
-            "answers": found.answers if unknown else None,
-            "seconds": {"edit": 0.0, "proof": 0.0},
-        }
-        memory = peak_bytes()
+        memory = _memory()
+        model, tokenizer, base = loaded.model, loaded.tokenizer, logits_of(loaded.model)
+        record: dict[str, Any] = {"fingerprint": fingerprint(model), "seconds": {"edit": 0.0, "proof": 0.0}}
     else:
         result = job.run(**task["options"], progress=progress)
-        memory = peak_bytes()
-        if task["fingerprint"] not in (None, result.provenance["model"]["fingerprint"]):
+        memory = _memory()
+        model, tokenizer, base = result.model, result.tokenizer, _base_logits(job, result)
+        training, about = result.metrics["training"], result.provenance["model"]
+        if task["fingerprint"] not in (None, about["fingerprint"]):
             raise ModelError(f"the weights of '{job.model}' are not those that the base model's row was measured with")
-        started = time.monotonic()
-        layers = result.settings["layers"]
-        matrices = configured(job.editor, job.settings)[1].matrices(result.model, layers)
-        originals = {
-            m.name: (m.weight.float() - result.delta[m.name].to(m.weight.device)).to(m.weight.dtype) for m in matrices
-        }
-        base = logits_with(result.model, matrices, originals)
-        found = measure(result.model, result.tokenizer, edits, base=base, base_answers=task["base_answers"], **options)
-        training = result.metrics["training"]
         record = {
-            "fingerprint": result.provenance["model"]["fingerprint"],
+            "fingerprint": about["fingerprint"],
             "seconds": {name: result.metrics["seconds"][name] for name in ("edit", "proof")},
             "settings": result.settings,
             "learning_rates": training["learning_rates"],
@@ -441,14 +419,36 @@ def measure_row(task: dict[str, Any], progress: Progress) -> dict[str, Any]:
             "edit_loss": result.metrics["edit_loss"],
             "notes": result.notes,
         }
+    started = time.monotonic()
+    found = measure(
+        model, tokenizer, edits, base=base, base_answers=task["base_answers"], tasks=has_tasks(model), **options
+    )
+    if job.editor == BASE and any(near.answer is None for edit in edits for near in edit.locality):
+        record["answers"] = found.answers  # right is what the base model says
+        asked, judge = questions(edits), find_judge(task["judge"])
+        scores = {context: score_items(asked, given, judge, given) for context, given in found.answers.items()}
+        found = replace(found, edits=scores)
     record["seconds"]["evaluation"] = round(time.monotonic() - started, 2)
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {
-        **record,
-        "evaluation": found.summary(),
-        "items": _items(found, len(edits)),
-        "memory": {"edit": memory, "row": peak_bytes(), "gpu": gpu},
+    return {**record, "evaluation": found.summary(), "items": _items(found, len(edits)), "memory": memory}
+
+
+def _base_logits(job: EditJob, result: EditResult) -> Logits:
+    """The base model's logits from an edited model: what was added to its matrices is taken off while they are used.
+
+    A second model would take as much memory again.
+    """
+    layers = parse_layers(job.layers) if job.layers is not None else None
+    matrices = configured(job.editor, job.settings)[1].matrices(result.model, layers)
+    originals = {
+        m.name: (m.weight.float() - result.delta[m.name].to(m.weight.device)).to(m.weight.dtype) for m in matrices
     }
+    return logits_with(result.model, matrices, originals)
+
+
+def _memory() -> dict[str, int | None]:
+    """Peak memory so far, in bytes: of the process, and on a GPU."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"process": peak_bytes(), "gpu": gpu}
 
 
 def _items(found: Evaluation, count: int) -> dict[str, Any]:

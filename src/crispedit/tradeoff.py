@@ -420,5 +420,5 @@ def _curvature(record: Mapping[str, Any]) -> str:
 def _gigabytes(record: Mapping[str, Any]) -> str:
     """Peak memory of the whole process up to the end of the edit; on a GPU, that of the GPU too."""
     memory = record["memory"]
-    shown = f"{memory['edit'] / 1e9:.2f} GB"
+    shown = f"{memory['process'] / 1e9:.2f} GB"
     return f"{shown}, GPU {memory['gpu'] / 1e9:.2f} GB" if memory["gpu"] else shown
