@@ -2,7 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 from crispedit import cli
 from crispedit.comparing import CompareJob, write_comparison
 from crispedit.errors import ArtifactError, ConfigError, EditFailed, Interrupted
+from crispedit.models import model_directory
 from fake_rows import row
 
 ROWS = [
@@ -101,6 +106,36 @@ def test_an_interrupt_ends_the_row_and_keeps_those_that_are_finished(job):
     assert runs() == ["ft-seq"]
 
 
+def test_ctrl_c_at_a_terminal_has_status_130_and_one_line(job):
+    """The signal goes to the whole group there, to the row's process too."""
+    Path("ft-seq.wait").touch()
+    code = (
+        "import fake_rows; from crispedit import comparing; comparing.measure_row = fake_rows.row; "
+        "from crispedit.cli import main; "
+        "main('compare bundled edits.json --editors ft,ft-seq --texts texts.txt --out out'.split())"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    program = subprocess.Popen(
+        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not Path("ft-seq.wait").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    os.killpg(program.pid, signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1].startswith("crispedit: interrupted; 2 of 3 rows are finished and kept in out")
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("ft-seq.wait").read_text()), 0)
+
+
 OTHERS = {
     "edits": ({"limit": 2}, r"edits edits.json \(3 edits\), not edits.json \(2 edits\)"),
     "texts": ({"samples": 5}, r"texts texts.txt, not texts.txt \(5 samples\)"),
@@ -120,10 +155,6 @@ def test_the_directory_of_another_comparison_is_refused(what, job):
 
 
 def test_the_directory_of_another_model_is_refused(job):
-    import shutil
-
-    from crispedit.models import model_directory
-
     job.run(work=row)
     shutil.copytree(model_directory("bundled"), "copy")
     copy = replace(job, model="copy")

@@ -193,9 +193,7 @@ class CompareJob:
         rows = [_with_blocks(row, skeleton.model) for row in chosen]
         if all(row.reason for row in rows):
             raise ConfigError(rows[0].reason)
-        return shared, [
-            Planned(**{**vars(row), "key": _key(shared, row, train)}) for row in (Planned(editor=BASE), *rows)
-        ]
+        return shared, [replace(row, key=_key(shared, row, train)) for row in (Planned(editor=BASE), *rows)]
 
     def _settings_by_row(self) -> Iterator[tuple[str, dict[str, Any], str | None]]:
         """Editor, settings and layers of every row, in the order of the command line."""
@@ -498,8 +496,8 @@ def _with_blocks(row: Planned, model: Any) -> Planned:
         layers = parse_layers(row.layers) if row.layers is not None else None
         blocks = tuple(sorted({matrix.layer for matrix in row.config.matrices(model, layers)}))
     except CrispEditError as error:
-        return Planned(**{**vars(row), "reason": str(error)})
-    return Planned(**{**vars(row), "blocks": blocks})
+        return replace(row, reason=str(error))
+    return replace(row, blocks=blocks)
 
 
 def _key(shared: dict[str, Any], row: Planned, train_edits: str | None) -> str:
