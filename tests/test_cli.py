@@ -62,6 +62,30 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
     assert answers["one"] == "8" != answers["bundled"]
 
 
+def test_an_editors_settings_are_given_by_name_and_recorded(work, capsys):
+    options = ["--set", "round_size=2", "--set", "lr=0.002", "--epochs", "12", "--no-eos"]
+    program("edit", "bundled", "edits.json", "--out", "one", "--editor", "ft-seq:published", *options)
+    settings = json.loads((work / "one" / "crispedit.json").read_text())["settings"]
+    assert (settings["round_size"], settings["lr"], settings["epochs"], settings["eos"]) == (2, 0.002, 12, False)
+    assert settings["editor"] == "ft-seq:published"
+    assert "2 rounds" in capsys.readouterr().out
+    program("edit", "--rerun", "one/crispedit.json", "--out", "two")
+    assert weights(work / "one") == weights(work / "two")
+
+
+def test_the_editors_are_listed_with_their_settings(work, capsys):
+    from crispedit.editors import editor_names
+
+    program("editors", "--json", "editors.json")
+    assert set(json.loads((work / "editors.json").read_text())) == set(editor_names())
+    program("editors", "adam-nscl", "--json", "one.json")
+    about = json.loads((work / "one.json").read_text())
+    assert about["settings"]["energy"][0] == 0.5
+    assert about["presets"]["published"]["variant"] == "published"
+    assert about["needs"] == "a curvature"
+    assert "stop_loss" in capsys.readouterr().out
+
+
 def test_a_curvature_is_found_again_and_reused(work, capsys):
     program("curvature", "bundled", "--out", "curv", "--texts", "texts.txt", "--layers", "2-3")
     said = capsys.readouterr().out

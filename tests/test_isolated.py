@@ -70,6 +70,23 @@ def test_what_ended_it_is_said(work, task, reason, tmp_path):
         assert "raise_theirs" in (tmp_path / "log").read_text()
 
 
+def peak(task, progress):
+    from crispedit.memory import peak_bytes
+
+    return {"bytes": peak_bytes()}
+
+
+def test_the_memory_of_a_child_is_its_own(tmp_path):
+    """400 MB were taken here once: a child's peak (torch takes some 250 MB) knows nothing of it."""
+    from crispedit.memory import peak_bytes
+
+    taken = bytearray(400_000_000)
+    assert peak_bytes() > len(taken)
+    parents = peak_bytes()
+    outcome = run_isolated(peak, {}, tmp_path / "log")
+    assert 20_000_000 < outcome.value["bytes"] < parents - 200_000_000
+
+
 def ended(pid):
     try:
         os.kill(pid, 0)

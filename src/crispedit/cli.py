@@ -352,12 +352,12 @@ def editors(
 ) -> None:
     """List the editors, or the settings and presets of one."""
     _check_json(json)
-    from .console import print_table
+    from .console import print_texts
     from .editors import describe_editor, editor_names
 
     if editor is not None:
         about = describe_editor(editor)
-        print_table(
+        print_texts(
             f"{editor}: {about['summary']}",
             ["setting", "default", "what it is", *about["presets"]],
             [
@@ -368,8 +368,8 @@ def editors(
         _write_json(json, about)
         return
     every = {name: describe_editor(name) for name in editor_names()}
-    print_table(
-        "editors",
+    print_texts(
+        "Editors",
         ["editor", "what it does", "presets", "needs"],
         [[name, about["summary"], ", ".join(about["presets"]), about["needs"]] for name, about in every.items()],
     )
@@ -544,6 +544,7 @@ def _run(arguments: list[str] | None) -> int:
 def _quiet_libraries() -> None:
     """Keeps other libraries' progress bars and advice off our stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

@@ -125,6 +125,16 @@ def print_comparison(found: Comparison) -> None:
         out.print(f"{found.names[index]} failed: {found.rows[index].record['reason']}", soft_wrap=True)
 
 
+def print_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of texts on stdout, which are folded where the terminal is narrow; names in the first column are not."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", show_lines=True)
+    for index, name in enumerate(header):
+        table.add_column(name, no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+
+
 _SCORE_ROWS = [
     ("reliability", "no_context"),
     ("generalization", "no_context"),

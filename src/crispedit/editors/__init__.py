@@ -71,7 +71,7 @@ def describe_editor(name: str) -> dict[str, Any]:
         documented = inspect.getdoc(parent) if issubclass(parent, EditorConfig) and parent.__doc__ else ""
         _, _, arguments = (documented or "").partition("Args:\n")
         for field, meaning in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.M):
-            meanings[field] = " ".join(meaning.split())
+            meanings[field] = re.sub(r":\w+:|`", "", " ".join(meaning.split()))
     default = module.Config()
     needs = [
         ("a curvature", default.needs_curvature()),
