@@ -153,6 +153,7 @@ CASES = {
     "swept and set": (COMPARE + "ft --sweep lr=0.1 --set lr=0.2", "lr is given twice"),
     "sweep over malformed layers": (COMPARE + "ft --sweep layers=2,5-3", "runs backwards"),
     "unknown setting for all": (COMPARE + "ft --set enrgy=0.5", "setting 'enrgy'"),
+    "layers as a setting": (COMPARE + "ft --set layers=2", "give --layers"),
     "comparison on a layer outside the model": (COMPARE + "ft,crispedit --layers 8", "layer 8 is outside the model"),
     "comparison by an unknown judge": (COMPARE + "ft --judge exakt", "did you mean 'exact'?"),
     "comparison of no edits": (COMPARE + "ft --limit 0", "limit is 0"),

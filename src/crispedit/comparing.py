@@ -186,7 +186,8 @@ class CompareJob:
         skeleton = load_skeleton(
             self.model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
-        prompter = Prompter.of(skeleton.model, skeleton.tokenizer, chat=self.chat)  # type: ignore[arg-type]
+        eos = bool(self.settings.get("eos", True))
+        prompter = Prompter.of(skeleton.model, skeleton.tokenizer, chat=self.chat, eos=eos)  # type: ignore[arg-type]
         prompter.rows(edit_set, context_length(skeleton.model))
         shared = self._shared(edit_set, texts, str(skeleton.model.dtype).removeprefix("torch."))
         _check_directory(self.out, shared)
@@ -203,9 +204,11 @@ class CompareJob:
         if not names:
             raise ConfigError("no editors are named: give --editors a,b,c, or all; see 'crispedit editors'")
         configs = {name: configured(name, {})[1] for name in dict.fromkeys(names)}
-        known = {"layers"}.union(*(type(config).model_fields for config in configs.values()))
+        known = set().union(*(type(config).model_fields for config in configs.values()))
         sweeps = _parse_sweeps(self.sweeps)
-        for name in (*self.settings, *sweeps):
+        if "layers" in self.settings:
+            raise ConfigError("layers are no setting; give --layers, or --sweep layers=…")
+        for name in (*self.settings, *(sweeps.keys() - {"layers"})):
             if name not in known:
                 raise ConfigError(f"none of these editors has a setting '{name}'{did_you_mean(name, known)}")
         for name in sweeps:
@@ -281,7 +284,10 @@ class _Runner:
         base: dict[str, Any] = {}
         for number, (row, record) in enumerate(zip(planned, kept, strict=True)):
             self.progress("rows", number, len(planned))
+            name = Row(editor=row.editor, given=row.given, record={}).full_name
+            self.progress(name, 0, 1)
             found = record or self._row(row, base)
+            self.progress(name, 1, 1)
             base = base or found
             rows.append(Row(editor=row.editor, given=row.given, record=found))
             if row.editor == BASE and "reason" in found:
@@ -512,11 +518,12 @@ def _key(shared: dict[str, Any], row: Planned, train_edits: str | None) -> str:
 
 
 def _files(model: str) -> str | None:
-    """A hash of names, sizes and times of a local model's files; ``None`` of another model."""
+    """A hash of names, sizes and times of a local model's weights and configuration; ``None`` of another model."""
     directory = Path(model_directory(model))
     if model == BUNDLED or not directory.is_dir():
         return None
-    found = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in directory.iterdir() if f.is_file())
+    files = [f for f in directory.iterdir() if f.suffix == ".safetensors" or f.name == "config.json"]
+    found = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
