@@ -1,6 +1,7 @@
 """Rows of a comparison without a model: what the orchestration does must not depend on what a row is.
 
-A file ``EDITOR.kill``, ``EDITOR.raise`` or ``EDITOR.wait`` in the current directory says what is to happen to it.
+A file ``EDITOR.kill``, ``EDITOR.raise``, ``EDITOR.bug`` or ``EDITOR.wait`` in the current directory says what is to
+happen to it.
 Nothing heavy is imported: every row has a process of its own.
 """
 
@@ -44,6 +45,8 @@ def row(task: dict, progress) -> dict:
         os.kill(os.getpid(), signal.SIGKILL)
     if Path(f"{editor}.raise").exists():
         raise EditFailed("the edit loss did not fall")
+    if Path(f"{editor}.bug").exists():
+        1 / 0  # noqa: B018
     if Path(f"{editor}.wait").exists():
         Path(f"{editor}.wait").write_text(str(os.getpid()))
         progress("waiting", 0, 1)

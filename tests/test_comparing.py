@@ -79,6 +79,14 @@ def test_what_fails_is_a_row_that_says_why_and_the_others_go_on(how, reason, job
     assert runs() == ["ft"]
 
 
+def test_a_bug_is_a_row_that_says_where_its_traceback_is(job):
+    Path("ft.bug").touch()
+    reason = job.run(work=row).rows[1].record["reason"]
+    said, _, path = reason.partition("; see ")
+    assert said == "ZeroDivisionError: division by zero"
+    assert "in row" in Path(path).read_text()
+
+
 def test_without_a_base_there_is_no_comparison(job):
     Path("base.kill").touch()
     with pytest.raises(EditFailed, match="the base model could not be evaluated: killed by SIGKILL"):

@@ -331,8 +331,11 @@ class _Runner:
 
     def _isolated(self, work: Work, row: Planned, task: dict[str, Any]) -> dict[str, Any]:
         """The result of work in a process of its own, or the reason why there is none."""
-        outcome = run_isolated(work, task, self.job.out / ROWS / f"{row.key}.log", progress=self.progress)
-        return {"reason": outcome.reason} if outcome.value is None else outcome.value
+        output = self.job.out / ROWS / f"{row.key}.log"
+        outcome = run_isolated(work, task, output, progress=self.progress)
+        if outcome.value is not None:
+            return outcome.value
+        return {"reason": outcome.reason + (f"; see {output}" if output.exists() else "")}
 
     def _failed(self, row: Planned, reason: str) -> dict[str, Any]:
         log.info("%s failed: %s", Row(editor=row.editor, given=row.given, record={}).full_name, reason)

@@ -1,7 +1,7 @@
 """Work in a process of its own: its memory is its own, and what kills it does not kill this one.
 
 The child tells of its progress through a pipe. It does not listen to Ctrl-C: this process does, and ends it. What the
-child prints goes to a file, which is kept only if it failed.
+child prints goes to a file, which is kept only if it failed and said something.
 """
 
 import contextlib
@@ -48,7 +48,8 @@ def run_isolated(work: Work, task: dict[str, Any], output: Path, *, progress: Pr
     Args:
         work: What to run.
         task: Its argument.
-        output: The file for what the child prints, tracebacks included; removed unless the work fails.
+        output: The file for what the child prints, tracebacks included; removed if it is empty or the work does not
+            fail.
         progress: Called with what the child reports.
 
     Returns:
@@ -70,7 +71,7 @@ def run_isolated(work: Work, task: dict[str, Any], output: Path, *, progress: Pr
         receiver.close()
     if outcome is None:
         outcome = Outcome(reason=_ended(process.exitcode))
-    if outcome.value is not None:
+    if outcome.value is not None or (output.exists() and not output.stat().st_size):
         output.unlink(missing_ok=True)
     return outcome
 
