@@ -10,6 +10,7 @@ from crispedit.statistics import Difference
 from crispedit.tradeoff import Comparison, Row, claim, interval, measures, pareto_front
 from fake_rows import record
 
+MEMORY = {"process": 2 * 10**9, "gpu": None}
 SHARED = {
     "model": "a $model$",
     "dtype": "float32",
@@ -24,7 +25,7 @@ def row(editor="ft", of="ft", drift=None, **given):
     found = record(of)
     if drift is not None:
         found["items"]["texts"]["drift"] = [5 * drift, 7 * drift]
-    curvature = {"seconds": 3.0, "cached": False, "memory": None}
+    curvature = {"seconds": 3.0, "cached": False, "memory": None if editor in ("base", "ft") else {**MEMORY}}
     return Row(editor=editor, given=given, record={**found, "curvature": curvature})
 
 
@@ -132,8 +133,9 @@ def test_the_table_says_what_was_measured():
     found = compared(row("ft"), row("ft-seq", "ft-seq"), Row(editor="lora", given={}, record={"reason": "no memory"}))
     said = found.markdown()
     for line in (
-        "| base | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 100.00 | 0.0000 | 3.0 s | – | 1.00 GB |",
-        "| ft | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 60.00 ◆ | 0.1250 ◆ | 3.0 s | 1.0 s | 1.00 GB |",
+        "| base | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 100.00 | 0.0000 | – | – | 1.00 GB |",
+        "| ft | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 60.00 ◆ | 0.1250 ◆ | – | 1.0 s | 1.00 GB |",
+        "| ft-seq | 75.0 | 75.0 | 75.0 | 75.0 | 75.0 | 80.00 ◆ | 0.0750 ◆ | 3.0 s, 2.00 GB | 1.0 s | 1.00 GB |",
         "- **lora failed**: no memory",
         "## Differences to the base model",
         "## Differences to plain fine-tuning",

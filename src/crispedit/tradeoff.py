@@ -283,9 +283,9 @@ class Comparison:
         if "drift" in self.values:
             notes.append("Drift: KL(base ‖ edited) on held-out texts.")
         notes.append(
-            "Curvature: the time that its estimate took, in a process of its own and once for all rows of the same "
-            "layers (*cached*: in an earlier run). Edit: the editor alone. Peak memory: of the whole process, until "
-            "the edit is proved."
+            "Curvature: time and peak memory of its estimate, in a process of its own and once for all rows of the "
+            "same layers (*cached*: in an earlier run, of which only the time is known). Edit: the editor alone. Peak "
+            "memory: of the row's process, until the edit is proved."
         )
         if self.kept:
             notes.append(
@@ -409,12 +409,12 @@ def _duration(seconds: float) -> str:
 
 
 def _curvature(record: Mapping[str, Any]) -> str:
-    """What a row's curvature took, and whether it had been estimated before."""
-    about = record.get("curvature") or {}
-    if about.get("seconds") == 0.0 and not about.get("cached"):
+    """What a row's curvature took; if it had been estimated before, only how long that was, if it is known."""
+    about = record["curvature"]
+    if about["memory"] is None:
         return "–"
-    taken = "?" if about.get("seconds") is None else _duration(about["seconds"])
-    return f"{taken} (cached)" if about.get("cached") else taken
+    taken = "?" if about["seconds"] is None else _duration(about["seconds"])
+    return f"{taken} (cached)" if about["cached"] else f"{taken}, {_gigabytes(about)}"
 
 
 def _gigabytes(record: Mapping[str, Any]) -> str:
