@@ -2,7 +2,7 @@
 
 import torch
 
-from crispedit.capability import measure_drift
+from crispedit.capability import drift_of_texts, measure_drift
 from crispedit.texts import TokenBatch
 
 
@@ -21,6 +21,23 @@ def test_drift_is_the_mean_kl_and_the_bregman_divergence_of_the_loss():
     torch.testing.assert_close(found.drift, float(sum(bregman) / 4), rtol=1e-5, atol=0)
     loss = -sum(z[r, t].log_softmax(0)[label] for r, t, label in positions) / 4
     torch.testing.assert_close(found.loss, float(loss), rtol=1e-5, atol=0)
+
+
+def test_sums_are_kept_text_by_text():
+    """One batch of two texts is two batches of one text each, padding left out."""
+    torch.manual_seed(0)
+    z0, z = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    ids, mask = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    found = drift_of_texts(lambda _: z0, lambda _: z, [TokenBatch(ids=ids, mask=mask)])
+    assert found.tokens.tolist() == [3, 1]
+    for text, length in enumerate((4, 2)):
+        alone = TokenBatch(ids=ids[text : text + 1, :length], mask=mask[text : text + 1, :length])
+        of_one = [logits[text : text + 1, :length] for logits in (z0, z)]
+        means = measure_drift(lambda _, a=of_one: a[0], lambda _, a=of_one: a[1], [alone])
+        for name in ("drift", "loss", "loss_base"):
+            torch.testing.assert_close(
+                float(getattr(found, name)[text] / found.tokens[text]), getattr(means, name), rtol=1e-6, atol=0
+            )
 
 
 def test_a_model_does_not_drift_from_itself():

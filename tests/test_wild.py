@@ -4,7 +4,7 @@ import pytest
 
 from crispedit.edits import Edit, Locality
 from crispedit.rows import Prompter
-from crispedit.wild import QA_CONTEXT, Question, expected_drafts, in_context, questions, score
+from crispedit.wild import QA_CONTEXT, Question, expected_drafts, in_context, questions, score, score_items
 from families import CHATML, LLAMA_3, tiny_tokenizer
 
 EDITS = [
@@ -65,6 +65,15 @@ def test_scores_are_means_over_edits():
     assert score(questions(EDITS), given) == {"reliability": 50.0, "generalization": 50.0, "locality": 100.0}
     base = ["", "", "", "", "then", ""]
     assert score(questions(EDITS), given, base=base)["locality"] == 50.0
+
+
+def test_scores_are_kept_edit_by_edit():
+    given = ["ann", "Ann", "Bob", "here", "now", "no"]
+    assert score_items(questions(EDITS), given) == {
+        "reliability": {0: 1.0, 1: 0.0},
+        "generalization": {0: 0.5},
+        "locality": {0: 1.0},
+    }
 
 
 def test_what_is_not_asked_has_no_score():

@@ -54,6 +54,7 @@ def work(tmp_path, monkeypatch):
 
 
 EDIT = "edit bundled good.json --out out "
+COMPARE = "compare bundled good.json --out out --editors "
 CASES = {
     "missing edits": ("edit bundled nowhere.json --out out", "nowhere.json"),
     "empty edits": ("edit bundled empty.json --out out", "no edits"),
@@ -136,6 +137,37 @@ CASES = {
     "unknown protocol": ("evaluate bundled good.json --protocol tame", "protocol is 'tame'"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
     "JSON into a directory": ("evaluate bundled good.json --json full", "is a directory"),
+    "comparison of an unknown editor": (COMPARE + "ft,crispedt", "did you mean 'crispedit'?"),
+    "comparison of an unknown preset": (COMPARE + "ft,ft:publishd", "did you mean 'published'?"),
+    "comparison of nothing": (COMPARE + ",", "no editors are named"),
+    "comparison without editors": ("compare bundled good.json --out out", "--editors"),
+    "comparison without a directory": ("compare bundled good.json --editors ft", "--out"),
+    "comparison in a foreign directory": ("compare bundled good.json --editors ft --out full", "not empty"),
+    "comparison on a file": ("compare bundled good.json --editors ft --out good.json", "is a file"),
+    "sweep without values": (COMPARE + "ft --sweep energy", "--sweep is 'energy'; it must be NAME=VALUE,VALUE"),
+    "sweep with an empty value": (COMPARE + "ft --sweep lr=0.1,", "--sweep is 'lr=0.1,'"),
+    "sweep of an unknown setting": (COMPARE + "crispedit --sweep enrgy=0.5", "did you mean 'energy'?"),
+    "sweep of what no editor here has": (COMPARE + "ft --sweep energy=0.5", "setting 'energy'"),
+    "sweep over a wrong value": (COMPARE + "ft,crispedit --sweep energy=0.5,1", "energy is 1"),
+    "sweep given twice": (COMPARE + "ft --sweep lr=0.1 --sweep lr=0.2", "lr is swept twice"),
+    "swept and set": (COMPARE + "ft --sweep lr=0.1 --set lr=0.2", "lr is given twice"),
+    "sweep over malformed layers": (COMPARE + "ft --sweep layers=2,5-3", "runs backwards"),
+    "unknown setting for all": (COMPARE + "ft --set enrgy=0.5", "setting 'enrgy'"),
+    "layers as a setting": (COMPARE + "ft --set layers=2", "give --layers"),
+    "comparison on a layer outside the model": (COMPARE + "ft,crispedit --layers 8", "layer 8 is outside the model"),
+    "comparison by an unknown judge": (COMPARE + "ft --judge exakt", "did you mean 'exact'?"),
+    "comparison of no edits": (COMPARE + "ft --limit 0", "limit is 0"),
+    "comparison without texts": ("compare quantised good.json --editors ft --out out", "give --texts FILE"),
+    "comparison with missing texts": (COMPARE + "ft --texts nowhere.txt", "no file of texts 'nowhere.txt'"),
+    "comparison with missing train edits": (COMPARE + "ft --train-edits nowhere.json", "nowhere.json"),
+    "comparison of a row beyond the context": ("compare bundled long.json --editors ft --out out", "row 1 has"),
+    "comparison with a chat template that is missing": (COMPARE + "ft --chat on", "no chat template"),
+    "comparison in an unknown dtype": (COMPARE + "ft --dtype float8", "dtype is 'float8'"),
+    "comparison on an unknown device": (COMPARE + "ft --device gpu", "device 'gpu'"),
+    "comparison of an unknown model": (
+        "compare nobody/nothing good.json --editors ft --out out --texts texts.txt",
+        "cannot load the model 'nobody/nothing'",
+    ),
     "empty question": ("ask bundled ''", "prompt is empty"),
     "demo into a foreign directory": ("demo --out full", "not empty"),
 }

@@ -90,11 +90,16 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary name and renames it.
+    """Writes JSON; see :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it.
 
     Args:
         path: The file; its directory is created.
-        value: What to write.
+        text: What to write.
 
     Raises:
         ArtifactError: It cannot be written.
@@ -102,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error

@@ -48,11 +48,34 @@ def logits_of(model: Any) -> Logits:
     return logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextSums:
+    """What is summed over the tokens of each text that have a next token; (texts,) each, float64, in nats.
+
+    Args:
+        drift: KL(base ‖ model).
+        loss_base: Cross-entropy of the base model.
+        loss: That of the model.
+        tokens: How many tokens.
+    """
+
+    drift: Tensor
+    loss_base: Tensor
+    loss: Tensor
+    tokens: Tensor
+
+    def means(self) -> Drift:
+        """Over all tokens."""
+        tokens = self.tokens.sum()
+        drift, loss_base, loss = (float(sums.sum() / tokens) for sums in (self.drift, self.loss_base, self.loss))
+        return Drift(drift=max(0.0, drift), loss_base=loss_base, loss=loss)
+
+
 @torch.inference_mode()
-def measure_drift(
+def drift_of_texts(
     base: Logits, edited: Logits, batches: Sequence[TokenBatch], *, progress: Progress = no_progress
-) -> Drift:
-    """Capability drift and both losses over token batches, summed in float64.
+) -> TextSums:
+    """Capability drift and both losses, text by text, summed in float64.
 
     Args:
         base: Logits of the base model.
@@ -61,29 +84,61 @@ def measure_drift(
         progress: Called after every batch.
 
     Returns:
-        The means.
+        The sums, in the order of the batches.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
-    tokens = 0
+    parts = []
     for number, batch in enumerate(batches):
         labels = next_tokens(batch)
         counted = labels != -100
         log_p = base(batch).cpu()[counted].float().log_softmax(-1)
         log_q = edited(batch).cpu()[counted].float().log_softmax(-1)
         wanted = labels[counted]
-        totals[0] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
-        totals[1] += nn.functional.nll_loss(log_p, wanted, reduction="sum").double()
-        totals[2] += nn.functional.nll_loss(log_q, wanted, reduction="sum").double()
-        tokens += len(wanted)
+        of_tokens = torch.stack(
+            [
+                (log_p.exp() * (log_p - log_q)).sum(-1),
+                nn.functional.nll_loss(log_p, wanted, reduction="none"),
+                nn.functional.nll_loss(log_q, wanted, reduction="none"),
+                torch.ones(len(wanted)),
+            ]
+        )
+        text = counted.nonzero()[:, 0]
+        parts.append(torch.zeros(4, len(labels), dtype=torch.float64).index_add_(1, text, of_tokens.double()))
         progress("drift", number + 1, len(batches))
-    drift, loss_base, loss = (totals / tokens).tolist()
-    return Drift(drift=max(0.0, drift), loss_base=loss_base, loss=loss)
+    drift, loss_base, loss, tokens = torch.cat(parts, 1)
+    return TextSums(drift=drift, loss_base=loss_base, loss=loss, tokens=tokens)
+
+
+def measure_drift(
+    base: Logits, edited: Logits, batches: Sequence[TokenBatch], *, progress: Progress = no_progress
+) -> Drift:
+    """Capability drift and both losses, means over tokens; see :func:`drift_of_texts`."""
+    return drift_of_texts(base, edited, batches, progress=progress).means()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskItems:
+    """The items of one task: how often each was right, and how often it was asked (prose: at every next token)."""
+
+    hits: list[int]
+    counts: list[int]
+
+    @property
+    def score(self) -> float:
+        """In percent."""
+        return 100 * sum(self.hits) / sum(self.counts)
 
 
 def bundled_tasks(
     model: Any, prompter: Prompter, *, count: int = abilities.PROBE_ITEMS, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """The five ability scores of the bundled world, in percent.
+    """The five ability scores of the bundled world, in percent; see :func:`bundled_items`."""
+    return {name: items.score for name, items in bundled_items(model, prompter, count=count, progress=progress).items()}
+
+
+def bundled_items(
+    model: Any, prompter: Prompter, *, count: int = abilities.PROBE_ITEMS, progress: Progress = no_progress
+) -> dict[str, TaskItems]:
+    """The five abilities of the bundled world, item by item.
 
     Four families are answered freely and must be exactly right; ``prose`` is top-1 next-token accuracy
     on held-out stories.
@@ -95,26 +150,27 @@ def bundled_tasks(
         progress: Called after every batch.
 
     Returns:
-        Scores by family.
+        Items by family.
     """
-    scores = {}
+    found = {}
     for family in abilities.PROMPTED:
         items = abilities.probes(family, count)
         given = answers(model, prompter, [prompt for prompt, _ in items], what=family, progress=progress)
-        scores[family] = (
-            100 * sum(answer.text == right for answer, (_, right) in zip(given, items, strict=True)) / len(items)
-        )
-    scores["prose"] = _next_token_accuracy(model, prompter.tokenizer, corpus.probe_prose(count))
-    return scores
+        hits = [int(answer.text == right) for answer, (_, right) in zip(given, items, strict=True)]
+        found[family] = TaskItems(hits=hits, counts=[1] * len(items))
+    found["prose"] = _next_tokens_right(model, prompter.tokenizer, corpus.probe_prose(count))
+    return found
 
 
 @torch.inference_mode()
-def _next_token_accuracy(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
-    """Percentage of next tokens that are the model's first choice."""
-    logits, hits, total = logits_of(model), 0, 0
+def _next_tokens_right(model: Any, tokenizer: Any, texts: Sequence[str]) -> TaskItems:
+    """Per text, how many next tokens are the model's first choice."""
+    logits = logits_of(model)
+    hits: list[int] = []
+    counts: list[int] = []
     for batch in text_batches(model, tokenizer, texts):
         labels = next_tokens(batch)
         counted = labels != -100
-        hits += int((logits(batch).argmax(-1).cpu()[counted] == labels[counted]).sum())
-        total += int(counted.sum())
-    return 100 * hits / total
+        hits += ((logits(batch).argmax(-1).cpu() == labels) & counted).sum(1).tolist()
+        counts += counted.sum(1).tolist()
+    return TaskItems(hits=hits, counts=counts)

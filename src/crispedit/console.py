@@ -25,6 +25,8 @@ from .editing import EditResult
 from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
+from .statistics import LEVEL
+from .tradeoff import ON_FRONT, Comparison
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -40,8 +42,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bars() -> Iterator[ProgressCallback]:
+def progress_bars(*, keep: bool = True) -> Iterator[ProgressCallback]:
     """Progress bars on stderr, one for each kind of step; silent where stderr is no terminal.
+
+    Args:
+        keep: Whether bars stay when their step is done.
 
     Yields:
         The callback that every long step reports to.
@@ -61,7 +66,9 @@ def progress_bars() -> Iterator[ProgressCallback]:
                 running[what] = bars.add_task(what, total=total)
             bars.update(running[what], completed=done, total=total)
             if done >= total:
-                running.pop(what)
+                finished = running.pop(what)
+                if not keep:
+                    bars.remove_task(finished)
 
         lines = _Lines(logging.INFO)
         log.addHandler(lines)
@@ -98,6 +105,24 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out.print(table)
+
+
+def print_comparison(found: Comparison) -> None:
+    """What editors gain and cost, what can be said of it, and which of them failed."""
+    shared = found.shared
+    title = f"{shared['model']} on {shared['edits']['source']}, judge: {shared['judge']}; scores in %"
+    print_table(title, *found.table(wide=False))
+    if found.kept:
+        out.print(f"{ON_FRONT}: on the Pareto front of edit success and that column", soft_wrap=True)
+    name, claims = found.claims()
+    if claims:
+        said = f"{name}, against the base model, with {100 * LEVEL:g} % intervals of the paired differences:"
+        out.print(said, soft_wrap=True)
+    for editor, difference, said in claims:
+        wide = max(len(claim[0]) for claim in claims), max(len(claim[1]) for claim in claims)
+        out.print(f"  {editor:<{wide[0]}}  {difference:<{wide[1]}}  {said}", soft_wrap=True)
+    for index in found.failed:
+        out.print(f"{found.names[index]} failed: {found.rows[index].record['reason']}", soft_wrap=True)
 
 
 def print_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

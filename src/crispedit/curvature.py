@@ -312,7 +312,8 @@ class Curvature:
                 tensors |= _stored(f"{name}/{side}", moment)
         with write_directory(Path(directory), overwrite=overwrite) as building:
             save_file(tensors, building / TENSORS)
-            write_json(building / MANIFEST, self.manifest())
+            seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
+            write_json(building / MANIFEST, {**self.manifest(), **seconds})
         self.path = Path(directory)
         if self._pass is not None:  # its result is safe now
             shutil.rmtree(self._pass, ignore_errors=True)

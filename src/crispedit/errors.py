@@ -7,8 +7,9 @@
     │   ├── TextsError           the capability texts
     │   ├── ModelError           the model or its tokenizer
     │   └── ArtifactError        a directory that crispedit wrote, or is asked to write
-    └── EditFailed               status 1: nothing changed, the loss did not fall, the model cannot be saved
-        └── NumericsError        a number that is not finite
+    ├── EditFailed               status 1: nothing changed, the loss did not fall, the model cannot be saved
+    │   └── NumericsError        a number that is not finite
+    └── Interrupted              status 130: by Ctrl-C, where a part of the result was kept
 
 Every message is one line: what is wrong, and what would be right.
 """
@@ -55,6 +56,12 @@ class EditFailed(CrispEditError):
 
 class NumericsError(EditFailed):
     """A factor, a loss or a weight is not finite."""
+
+
+class Interrupted(CrispEditError):
+    """Ctrl-C, and a part of the result was kept."""
+
+    exit_status = 130
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,9 +1,10 @@
 """``evaluate``: everything that is measured of a model, in the one JSON shape that all commands use."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .capability import bundled_tasks, logits_of, measure_drift
+from .capability import Logits, TaskItems, TextSums, bundled_items, drift_of_texts, logits_of
 from .edits import Edit
 from .errors import ModelError
 from .judge import find_judge
@@ -11,7 +12,93 @@ from .models import frozen
 from .progress import Progress, no_progress
 from .rows import Chat, Prompter
 from .texts import text_batches
-from .wild import evaluate_edits
+from .wild import Items, answer_edits, mean_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured of a model, item by item: what intervals are computed from.
+
+    Args:
+        edits: By context, the scores of every edit (:func:`crispedit.wild.score_items`).
+        texts: Drift and losses by text, where there were texts.
+        has_base: Whether they were compared with a base model.
+        tasks: By task, where there were tasks.
+        answers: By context, the answers to all questions about the edits.
+    """
+
+    edits: dict[str, Items]
+    texts: TextSums | None
+    has_base: bool
+    tasks: dict[str, TaskItems] = field(default_factory=dict)
+    answers: dict[str, list[str]]
+
+    def summary(self) -> dict[str, Any]:
+        """The means, as ``crispedit evaluate`` writes them."""
+        capability: dict[str, Any] = {"drift": None, "loss_base": None, "loss": None}
+        if self.texts is not None:
+            means = asdict(self.texts.means())
+            capability = means if self.has_base else {**capability, "loss": means["loss"]}
+        capability["tasks"] = {name: items.score for name, items in self.tasks.items()}
+        scores = {context: mean_scores(items) for context, items in self.edits.items()}
+        return {**scores, "teacher_forced": None, "capability": capability}
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    base: Logits | None = None,
+    base_answers: dict[str, list[str]] | None = None,
+    texts: Sequence[str] | None = None,
+    tasks: bool = False,
+    judge: str = "exact",
+    chat: Chat = "auto",
+    stop_at_period: bool = False,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Evaluates a model on edits, freely answering with and without context, and on its capabilities.
+
+    Args:
+        model: The model, edited or not.
+        tokenizer: Its tokenizer.
+        edits: What to ask about.
+        base: Logits of the model before editing, for drift.
+        base_answers: Its answers, for locality prompts without an answer.
+        texts: Texts for drift and capability loss; all of them are used.
+        tasks: Whether to run the bundled world's five tasks.
+        judge: ``exact`` or ``contains``.
+        chat: Whether prompts go through the chat template.
+        stop_at_period: Also cut answers at the first period, as the published evaluation does.
+        progress: Called during every longer step.
+
+    Returns:
+        What was measured.
+    """
+    decide = find_judge(judge)
+    prompter = Prompter.of(model, tokenizer, chat=chat, eos=tokenizer.eos_token_id is not None)
+    with frozen(model):
+        items, given = answer_edits(
+            model,
+            prompter,
+            edits,
+            judge=decide,
+            base=base_answers,
+            stop_at_period=stop_at_period,
+            progress=progress,
+        )
+        sums = None
+        if texts:
+            own = logits_of(model)
+            sums = drift_of_texts(base or own, own, text_batches(model, tokenizer, texts), progress=progress)
+        return Evaluation(
+            edits=items,
+            texts=sums,
+            has_base=base is not None,
+            tasks=bundled_items(model, prompter, progress=progress) if tasks else {},
+            answers=given,
+        )
 
 
 def evaluate(
@@ -49,26 +136,24 @@ def evaluate(
         ModelError: ``base`` has another vocabulary.
     """
     decide = find_judge(judge)
-    prompter = Prompter.of(model, tokenizer, chat=chat, eos=tokenizer.eos_token_id is not None)
-    if base is not None and base.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
-        raise ModelError("base and model have vocabularies of different sizes; drift between them is not defined")
-    capability: dict[str, Any] = {"drift": None, "loss_base": None, "loss": None, "tasks": {}}
     base_answers = None
-    with frozen(model):
-        if base is not None and any(near.answer is None for edit in edits for near in edit.locality):
-            _, base_answers = evaluate_edits(base, prompter, edits, judge=decide, progress=progress)
-        scores, _ = evaluate_edits(
-            model, prompter, edits, judge=decide, base=base_answers, stop_at_period=stop_at_period, progress=progress
-        )
-        if texts:
-            batches = text_batches(model, tokenizer, texts)
-            logits = logits_of(model)
-            measured = measure_drift(
-                logits_of(base) if base is not None else logits, logits, batches, progress=progress
-            )
-            capability["loss"] = measured.loss
-            if base is not None:
-                capability |= {"drift": measured.drift, "loss_base": measured.loss_base}
-        if tasks:
-            capability["tasks"] = bundled_tasks(model, prompter, progress=progress)
-    return {**scores, "teacher_forced": None, "capability": capability}
+    if base is not None:
+        if base.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+            raise ModelError("base and model have vocabularies of different sizes; drift between them is not defined")
+        if any(near.answer is None for edit in edits for near in edit.locality):
+            prompter = Prompter.of(model, tokenizer, chat=chat, eos=tokenizer.eos_token_id is not None)
+            with frozen(base):
+                _, base_answers = answer_edits(base, prompter, edits, judge=decide, progress=progress)
+    return measure(
+        model,
+        tokenizer,
+        edits,
+        base=logits_of(base) if base is not None else None,
+        base_answers=base_answers,
+        texts=texts,
+        tasks=tasks,
+        judge=judge,
+        chat=chat,
+        stop_at_period=stop_at_period,
+        progress=progress,
+    ).summary()

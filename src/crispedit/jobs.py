@@ -71,6 +71,11 @@ def read_edits(name: str, *, limit: int | None = None, conflicts: str = "error")
     return edits_from_rows(world.edit_rows(split), source=name, **options)
 
 
+def has_tasks(model: Any) -> bool:
+    """Whether :mod:`crispedit.bundled.train` has made a model, edited or not: the tasks were made for those."""
+    return hasattr(model.config, "crispedit_world")
+
+
 def capability_texts(model: str, path: Path | None, samples: int | None, seed: int) -> CapabilityTexts | None:
     """The capability texts of a file, else the bundled ones for the bundled model, else none.
 
@@ -192,7 +197,7 @@ class EditJob:
         # what is wrong with the rows is said before minutes go into a curvature
         Prompter.of(model, tokenizer, chat=self.chat, eos=config.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]
         if found is None and config.needs_curvature():
-            found = self._cached_curvature(model, tokenizer, config.matrices(model, layers), texts, progress)
+            found, _ = self._cached_curvature(model, tokenizer, config.matrices(model, layers), texts, progress)
         result = edit_model(
             model,
             tokenizer,
@@ -227,8 +232,8 @@ class EditJob:
         matrices: Sequence[EditMatrix],
         texts: CapabilityTexts | None,
         progress: Progress,
-    ) -> Curvature:
-        """The curvature of these texts from the cache, or computed and kept; without texts, any that fits."""
+    ) -> tuple[Curvature, bool]:
+        """The curvature of these texts, and whether it was in the cache; without texts, any that fits."""
         chosen = tuple(matrix.layer for matrix in matrices)
         identity = (fingerprint(model), chosen, tokenizer_hash(tokenizer))
         wanted: dict[str, Any] = {}
@@ -247,7 +252,7 @@ class EditJob:
                 found.texts["source"],
                 found.kind,
             )  # fmt: skip
-            return found
+            return found, True
         if texts is None:
             raise TextsError(
                 f"no capability texts for '{self.model}' and no cached curvature of layers "
@@ -264,7 +269,24 @@ class EditJob:
             progress=progress,
         )
         cache.keep(found)
-        return found
+        return found, False
+
+    def curvature_in_cache(self, *, progress: Progress = no_progress, **options: Any) -> tuple[Curvature, bool]:
+        """The curvature that the edit will need, estimated and kept if it is not in the cache yet.
+
+        Args:
+            progress: Called during the pass.
+            **options: For :func:`crispedit.models.load_model`.
+
+        Returns:
+            The curvature, and whether it was there already.
+        """
+        _, config = configured(self.editor, self.settings)
+        layers = parse_layers(self.layers) if self.layers is not None else None
+        texts = capability_texts(self.model, self.texts, self.samples, self.seed)
+        loaded = load_model(self.model, **options)
+        matrices = config.matrices(loaded.model, layers)
+        return self._cached_curvature(loaded.model, loaded.tokenizer, matrices, texts, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,7 +449,7 @@ def evaluate_job(
         edit_set,
         base=base_model,
         texts=chosen,
-        tasks=hasattr(loaded.model.config, "crispedit_world"),  # what crispedit.bundled.train has made, edited or not
+        tasks=has_tasks(loaded.model),
         judge=judge,
         chat=chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
         stop_at_period=stop_at_period,

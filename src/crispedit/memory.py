@@ -1,6 +1,8 @@
 """How much memory there is, and how much this process takes."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -36,3 +38,19 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def peak_bytes() -> int:
+    """The most main memory that this process has taken so far.
+
+    Returns:
+        Bytes. On Linux that is not what ``getrusage`` says, which counts what the process was before it became this
+        program: a child would begin with its parent's peak.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -111,18 +111,25 @@ def drift_from(
     progress: Progress,
 ) -> Drift:
     """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
-    edited = {m.name: m.weight.clone() for m in matrices}
+    base = logits_with(model, matrices, originals)
+    return measure_drift(base, logits_of(model), batches, progress=progress)
+
+
+def logits_with(model: Any, matrices: Sequence[EditMatrix], weights: Mapping[str, Tensor]) -> Logits:
+    """Logits of the model with other weights of some matrices, which are swapped in for every batch and out again."""
     logits = logits_of(model)
+    own = {m.name: m.weight.clone() for m in matrices}
 
-    def with_weights(weights: Mapping[str, Tensor]) -> Logits:
-        def run(batch: TokenBatch) -> Tensor:
-            for matrix in matrices:
-                matrix.weight.copy_(weights[matrix.name])
+    def run(batch: TokenBatch) -> Tensor:
+        for matrix in matrices:
+            matrix.weight.copy_(weights[matrix.name])
+        try:
             return logits(batch)
+        finally:
+            for matrix in matrices:
+                matrix.weight.copy_(own[matrix.name])
 
-        return run
-
-    return measure_drift(with_weights(originals), with_weights(edited), batches, progress=progress)
+    return run
 
 
 def matrix_changes(

@@ -101,13 +101,17 @@ def ask(
     )
 
 
-def score(
+Items = dict[str, dict[int, float]]
+"""By kind, the score of every edit that was asked about it, 0 to 1: its prompts of a kind count together as one."""
+
+
+def score_items(
     asked: Sequence[Question],
     given: Sequence[str],
     judge: Judge = exact,
     base: Sequence[str] | None = None,
-) -> Scores:
-    """Scores of answers: a mean over edits, each edit's prompts of a kind counting together as one.
+) -> Items:
+    """Scores of answers, edit by edit.
 
     Args:
         asked: The questions.
@@ -116,8 +120,8 @@ def score(
         base: The base model's answers, for questions without an expected one.
 
     Returns:
-        ``reliability``, ``generalization`` and ``locality`` in percent; ``None`` where nothing was asked
-        or nothing is known to be right.
+        ``reliability``, ``generalization`` and ``locality``; edits for which nothing was asked, or nothing is known to
+        be right, are missing.
     """
     hits: dict[str, dict[int, list[bool]]] = {"reliability": {}, "generalization": {}, "locality": {}}
     for index, (question, answer) in enumerate(zip(asked, given, strict=True)):
@@ -125,14 +129,25 @@ def score(
         if right is not None:
             text = question.prompt if isinstance(question.prompt, str) else question.prompt[-1][1]
             hits[question.kind].setdefault(question.edit, []).append(judge(text, right, answer))
-    return {kind: _percent(of_kind) for kind, of_kind in hits.items()}
+    return {kind: {edit: sum(h) / len(h) for edit, h in of_kind.items()} for kind, of_kind in hits.items()}
 
 
-def _percent(hits: dict[int, list[bool]]) -> float | None:
-    return 100 * sum(sum(h) / len(h) for h in hits.values()) / len(hits) if hits else None
+def mean_scores(items: Items) -> Scores:
+    """Means over edits in percent; ``None`` where there is no edit."""
+    return {kind: 100 * sum(of_kind.values()) / len(of_kind) if of_kind else None for kind, of_kind in items.items()}
 
 
-def evaluate_edits(
+def score(
+    asked: Sequence[Question],
+    given: Sequence[str],
+    judge: Judge = exact,
+    base: Sequence[str] | None = None,
+) -> Scores:
+    """Scores of answers in percent: means over edits of :func:`score_items`."""
+    return mean_scores(score_items(asked, given, judge, base))
+
+
+def answer_edits(
     model: Any,
     prompter: Prompter,
     edits: Sequence[Edit],
@@ -141,7 +156,7 @@ def evaluate_edits(
     base: dict[str, list[str]] | None = None,
     stop_at_period: bool = False,
     progress: Progress = no_progress,
-) -> tuple[dict[str, Scores], dict[str, list[str]]]:
+) -> tuple[dict[str, Items], dict[str, list[str]]]:
     """Asks everything about the edits in both contexts.
 
     Args:
@@ -154,13 +169,27 @@ def evaluate_edits(
         progress: Called after every batch.
 
     Returns:
-        Scores by context, and the answers by context (a base for a later call).
+        Scores of every edit by context, and the answers by context (a base for a later call).
     """
     asked = questions(edits)
-    scores, given = {}, {}
+    items, given = {}, {}
     for context in CONTEXTS:
         drafts = expected_drafts(prompter, asked, context)
         found = ask(model, prompter, asked, context, drafts=drafts, stop_at_period=stop_at_period, progress=progress)
         given[context] = [answer.text for answer in found]
-        scores[context] = score(asked, given[context], judge, base[context] if base else None)
-    return scores, given
+        items[context] = score_items(asked, given[context], judge, base[context] if base else None)
+    return items, given
+
+
+def evaluate_edits(
+    model: Any,
+    prompter: Prompter,
+    edits: Sequence[Edit],
+    *,
+    judge: Judge = exact,
+    base: dict[str, list[str]] | None = None,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Scores], dict[str, list[str]]]:
+    """Scores by context in percent, and the answers by context; for the arguments see :func:`answer_edits`."""
+    items, given = answer_edits(model, prompter, edits, judge=judge, base=base, progress=progress)
+    return {context: mean_scores(of_context) for context, of_context in items.items()}, given
