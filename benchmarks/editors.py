@@ -35,13 +35,13 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "memit": {"mom2_weight": (57.6, 576, 5760), "clamp": (0.75, 2, 4)},
     "alphaedit": {"energy": (0.5, 0.9, 0.97), "clamp": (0.75, 2, 4)},
     "ultraedit": {"strength": (1, 2, 4), "round_size": (100, 300, 1000)},
-    "mend": {"edit_lr": (1e-4, 1e-3, 1e-2), "round_size": (1, 10, 100)},
+    "mend": {"edit_weight": (0.03, 0.1, 0.3), "round_size": (1, 10, 100)},
 }
 """By editor, the two settings and their values."""
 
 
 def score(row: Row, base: Row) -> float:
-    """What the search goes by, of 100: the mean of edit success, locality and abilities, the last relative to the base."""
+    """What the search goes by, of 100: the mean of edit success, locality, and abilities in parts of the base's."""
     found, before = measures(row.record["items"]), measures(base.record["items"])
     kept = min(100.0, 100 * found["abilities"].value / before["abilities"].value)
     return (found["success"].value + found["locality"].value + kept) / 3
@@ -96,7 +96,8 @@ def main() -> None:
         ] + [{"settings": dict(row.given), "failed": row.record["reason"]} for row in own if not row.done]
         print(f"{editor}:")
         for row in found[editor]:
-            numbers = ", ".join(f"{n} {row[n]}" for n in ("score", "success", "locality", "abilities", "drift") if n in row)
+            names = ("score", "success", "locality", "abilities", "drift")
+            numbers = ", ".join(f"{name} {row[name]}" for name in names if name in row)
             print(f"  {row['settings']}: {numbers or row['failed']}", flush=True)
     if args.json is not None:
         write_json(args.json, found)
