@@ -3,12 +3,12 @@
     python benchmarks/editors.py --out out/search
     python benchmarks/editors.py --out out/search --editors crispedit memit --json search.json
 
-A comparison in which one method was tuned and others were not says nothing. Every editor gets nine settings here, on the
-bundled model and edits that the comparison itself does not use (``bundled:eval``, ``--limit`` of them), the same
+A comparison in which one method was tuned and others were not says nothing. Every editor gets nine settings here, on
+the bundled model and edits that the comparison itself does not use (``bundled:eval``, ``--limit`` of them), the same
 protocol, the same seed. What counts is the mean of three: edit success (reliability and generalization), locality, and
-the share of the base model's abilities that is left. The best of the nine is the editor's default, or says what else is.
+the share of the base model's abilities that is left.
 
-Rows are those of ``crispedit compare``, kept in ``--out`` and not run again. With ``--model`` and ``--edits`` the same on
+protocol, the same seed. What counts is the mean of three: edit success (reliability and generalization), locality, and
 another model that ``crispedit.bundled.train`` has made.
 """
 
