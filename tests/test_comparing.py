@@ -52,6 +52,10 @@ def test_only_what_is_missing_runs(job):
     assert runs() == ["locbf-ft"]
     assert more.names == ["base", "locbf-ft", "ft", "ft-seq"], "rows of other commands are shown too"
 
+    shutil.copy("edits.json", "copy.json")
+    replace(job, edits="copy.json").run(work=row)
+    assert runs() == [], "the same edits in another file"
+
     (path,) = Path("out/rows").glob("ft-seq-*.json")
     path.write_text('{"damaged": ')
     job.run(work=row)

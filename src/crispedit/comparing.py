@@ -515,7 +515,8 @@ def _with_blocks(row: Planned, model: Any) -> Planned:
 def _key(shared: dict[str, Any], row: Planned, train_edits: str | None) -> str:
     """A name for everything that a row depends on: readable, and a hash."""
     settings = row.config.model_dump() if row.config is not None else {}
-    content = [__version__, shared, row.editor, settings, row.layers, row.blocks, train_edits]
+    common = {name: _identity(name, value) for name, value in shared.items()}
+    content = [__version__, common, row.editor, settings, row.layers, row.blocks, train_edits]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return f"{row.editor.replace(':', '-')}-{digest[:12]}"
 
