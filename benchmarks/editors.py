@@ -1,0 +1,107 @@
+"""The same search for every editor: nine settings each, three values of its two most sensitive ones.
+
+    python benchmarks/editors.py --out out/search
+    python benchmarks/editors.py --out out/search --editors crispedit memit --json search.json
+
+A comparison in which one method was tuned and others were not says nothing. Every editor gets nine settings here, on the
+bundled model and edits that the comparison itself does not use (``bundled:eval``, ``--limit`` of them), the same
+protocol, the same seed. What counts is the mean of three: edit success (reliability and generalization), locality, and
+the share of the base model's abilities that is left. The best of the nine is the editor's default, or says what else is.
+
+Rows are those of ``crispedit compare``, kept in ``--out`` and not run again. With ``--model`` and ``--edits`` the same on
+another model that ``crispedit.bundled.train`` has made.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from crispedit.artifacts import write_json
+from crispedit.comparing import CompareJob
+from crispedit.console import progress_bars
+from crispedit.tradeoff import Comparison, Row, measures
+
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "ft": {"lr": ("auto", 1e-3, 3e-3), "layers": ("1-5", "3-5", "3-7")},
+    "crispedit": {"energy": (0.8, 0.9, 0.97), "layers": ("1-5", "3-5", "3-7")},
+    "ft-seq": {"lr": ("auto", 1e-3, 3e-3), "layers": ("1-5", "3-5", "3-7")},
+    "crispedit-seq": {"energy": (0.8, 0.9, 0.97), "layers": ("1-5", "3-5", "3-7")},
+    "locbf-ft": {"lr": ("auto", 1e-3, 3e-3), "layers": ("3", "5", "6")},
+    "adam-nscl": {"energy": (0.5, 0.7, 0.9), "layers": ("1-5", "3-5", "3-7")},
+    "lora": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query,value", "down", "query,value,down")},
+    "lora:adalora": {"lr": ("auto", 3e-3, 1e-2), "parts": ("query,value", "down", "query,value,down")},
+    "lora:osf": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query,value", "down", "query,value,down")},
+    "lora:corda": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query,value", "down", "query,value,down")},
+    "memit": {"mom2_weight": (57.6, 576, 5760), "clamp": (0.75, 2, 4)},
+    "alphaedit": {"energy": (0.5, 0.9, 0.97), "clamp": (0.75, 2, 4)},
+    "ultraedit": {"strength": (1, 2, 4), "round_size": (100, 300, 1000)},
+    "mend": {"edit_weight": (0.03, 0.1, 0.3), "round_size": (1, 10, 100)},
+}
+"""By editor, the two settings and their values."""
+
+
+def score(row: Row, base: Row) -> float:
+    """What the search goes by, of 100: the mean of edit success, locality, and abilities in parts of the base's."""
+    found, before = measures(row.record["items"]), measures(base.record["items"])
+    kept = min(100.0, 100 * found["abilities"].value / before["abilities"].value)
+    return (found["success"].value + found["locality"].value + kept) / 3
+
+
+def search(args: argparse.Namespace, editor: str) -> Comparison:
+    """All nine rows of an editor."""
+    sweeps = []
+    for name, values in GRIDS[editor].items():
+        texts = [value.replace(",", "+") if isinstance(value, str) else str(value) for value in values]
+        sweeps.append(f"{name}={','.join(texts)}")
+    job = CompareJob(
+        model=args.model,
+        edits=args.edits,
+        editors=editor,
+        out=args.out,
+        sweeps=sweeps,
+        texts=args.texts,
+        limit=args.limit,
+        train_edits=args.train_edits,
+    )
+    with progress_bars() as progress:
+        return job.run(progress=progress)
+
+
+def main() -> None:
+    """Searches for every editor, and prints what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where rows are kept")
+    parser.add_argument("--editors", nargs="+", choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--edits", default="bundled:eval")
+    parser.add_argument("--train-edits", default="bundled:train")
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for editor in args.editors:
+        comparison = search(args, editor)
+        base, *rows = comparison.rows
+        own = [row for row in rows if row.editor == editor and row.given.keys() == GRIDS[editor].keys()]
+        ranked = sorted((row for row in own if row.done), key=lambda row: -score(row, base))
+        found[editor] = [
+            {
+                "settings": dict(row.given),
+                "score": round(score(row, base), 2),
+                **{name: round(measure.value, 4) for name, measure in measures(row.record["items"]).items()},
+                "seconds": row.record["seconds"],
+            }
+            for row in ranked
+        ] + [{"settings": dict(row.given), "failed": row.record["reason"]} for row in own if not row.done]
+        print(f"{editor}:")
+        for row in found[editor]:
+            names = ("score", "success", "locality", "abilities", "drift")
+            numbers = ", ".join(f"{name} {row[name]}" for name in names if name in row)
+            print(f"  {row['settings']}: {numbers or row['failed']}", flush=True)
+    if args.json is not None:
+        write_json(args.json, found)
+
+
+if __name__ == "__main__":
+    main()
