@@ -12,8 +12,8 @@ from pathlib import Path
 
 from crispedit.errors import EditFailed
 
-RIGHT = {"base": 0, "ft": 4, "ft-seq": 3, "locbf-ft": 2}
-KEPT = {"base": 10, "ft": 6, "ft-seq": 8, "locbf-ft": 10}
+RIGHT = {"base": 0, "ft": 4, "ft-seq": 3, "locbf-ft": 2, "crispedit": 4}
+KEPT = {"base": 10, "ft": 6, "ft-seq": 8, "locbf-ft": 10, "crispedit": 9}
 
 
 def record(editor: str) -> dict:

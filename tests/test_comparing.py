@@ -52,11 +52,32 @@ def test_only_what_is_missing_runs(job):
     assert runs() == ["locbf-ft"]
     assert more.names == ["base", "locbf-ft", "ft", "ft-seq"], "rows of other commands are shown too"
 
+    shutil.copy("edits.json", "copy.json")
+    replace(job, edits="copy.json").run(work=row)
+    assert runs() == [], "the same edits in another file"
+
     (path,) = Path("out/rows").glob("ft-seq-*.json")
     path.write_text('{"damaged": ')
     job.run(work=row)
     assert runs() == ["ft-seq"]
     assert not list(Path("out/rows").glob("*.log"))
+
+
+def test_a_curvature_is_estimated_once_and_its_cost_is_known_to_later_rows(job):
+    swept = replace(job, editors="crispedit", sweeps=("energy=0.5,0.9",), layers="2")
+    found = swept.run(work=row)
+    costs = [one.record["curvature"] for one in found.rows]
+    assert costs[0]["memory"] is None
+    assert costs[1] == costs[2]
+    assert costs[1]["seconds"] > 0
+    assert costs[1]["memory"]["process"] > 10**8
+    assert not costs[1]["cached"]
+
+    next(Path("out/rows").glob("crispedit-*.json")).unlink()
+    assert [one.record["curvature"] for one in swept.run(work=row).rows] == costs, "gone on with"
+    (other,) = replace(swept, sweeps=(), out=Path("other")).run(work=row).rows[1:]
+    assert other.record["curvature"]["cached"]
+    assert other.record["curvature"]["seconds"] == costs[1]["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -177,15 +177,17 @@ def test_labels_touch_neither_each_other_nor_points(count):
 
 
 def test_the_picture_has_a_panel_per_measure_and_marks_the_front():
-    found = compared(row("ft"), row("ft-seq", "ft-seq"), row("locbf-ft", "locbf-ft"))
+    found = compared(row("ft"), row("ft-seq", "ft-seq"), row("crispedit-seq:published", "locbf-ft"))
     figure = figure_of(found)
     assert [axes.get_ylabel().split(":")[0] for axes in figure.axes] == [
         "capability kept",
         "drift on held-out texts, nats/token (less is better)",
     ]
     legend = [text.get_text() for text in figure.legends[0].texts]
-    assert legend == ["Pareto front", "ft", "ft-seq", "locbf-ft"]
-    colours = {line.get_color() for line in figure.axes[0].lines if line.get_label() in legend[1:]}
+    assert legend == ["base model: 100.0", "Pareto front", "ft", "ft-seq", "crispedit-seq:published"]
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+    colours = {line.get_color() for line in figure.axes[0].lines if line.get_label() in legend[2:]}
     assert len(colours) == 3
     low, high = figure.axes[1].get_ylim()
     assert low > high, "less drift is further up"

@@ -270,6 +270,7 @@ class _Runner:
         self.job, self.shared, self.work, self.progress = job, shared, work, progress
         self.finished = 0
         self.curvatures: dict[tuple[int, ...], dict[str, Any]] = {}
+        self.known: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def run(self, planned: Sequence[Planned]) -> list[Row]:
         """All rows, finished before or now, or failed."""
@@ -278,6 +279,9 @@ class _Runner:
         write_json(self.job.out / ABOUT, {"crispedit": __version__, **self.shared})
         kept = [_read_row(directory / f"{row.key}.json") for row in planned]
         self.finished = sum(record is not None for record in kept)
+        for record in kept:
+            if record is not None and record["curvature"]["memory"] is not None and not record["curvature"]["cached"]:
+                self.known[tuple(record["blocks"])] = record["curvature"]
         if self.finished:
             log.info("%d of %d rows are finished already", self.finished, len(planned))
         rows: list[Row] = []
@@ -326,7 +330,9 @@ class _Runner:
     def _curvature(self, row: Planned, task: dict[str, Any]) -> dict[str, Any]:
         """What estimating a row's curvature took: once per set of layers, and then from the cache."""
         if row.blocks not in self.curvatures:
-            self.curvatures[row.blocks] = self._isolated(prepare_curvature, row, task)
+            found = self._isolated(prepare_curvature, row, task)
+            # this comparison itself may have put it into the cache, before it was interrupted
+            self.curvatures[row.blocks] = self.known.get(row.blocks, found) if found.get("cached") else found
         return self.curvatures[row.blocks]
 
     def _isolated(self, work: Work, row: Planned, task: dict[str, Any]) -> dict[str, Any]:
@@ -515,7 +521,8 @@ def _with_blocks(row: Planned, model: Any) -> Planned:
 def _key(shared: dict[str, Any], row: Planned, train_edits: str | None) -> str:
     """A name for everything that a row depends on: readable, and a hash."""
     settings = row.config.model_dump() if row.config is not None else {}
-    content = [__version__, shared, row.editor, settings, row.layers, row.blocks, train_edits]
+    common = {name: _identity(name, value) for name, value in shared.items()}
+    content = [__version__, common, row.editor, settings, row.layers, row.blocks, train_edits]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return f"{row.editor.replace(':', '-')}-{digest[:12]}"
 

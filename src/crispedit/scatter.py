@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow (too light on white)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h")
 FRONT = "#8C8C8C"
 TITLES = {
     "abilities": "capability kept: mean of the tasks, %",
@@ -68,7 +68,8 @@ def figure_of(found: Comparison) -> "Figure":
 
     editors = list(dict.fromkeys(row.editor for row in found.rows[1:] if row.done))
     panels = len(found.kept)
-    width, height = 6.2 * panels + 2.2, 5.6
+    longest = max(map(len, ["base model: 100.0", *editors]))
+    width, height = 6.2 * panels + 0.65 + 0.08 * longest, 5.6
     figure = Figure(figsize=(width, height), dpi=150)
     text: dict[str, Any] = {"color": INK, "va": "top", "parse_math": False}
     shared = found.shared
@@ -101,18 +102,7 @@ def _draw_panel(figure: "Figure", axes: "Axes", found: Comparison, name: str, ed
     }
     base = found.values[name][0]
     if name not in LOWER_IS_BETTER and base is not None:
-        said = f"base model: {base:.1f} (edit success {found.values['success'][0]:.1f})"
-        axes.axhline(base, color=INK, linewidth=0.9, linestyle=":", zorder=1)
-        axes.annotate(
-            said,
-            (1, base),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color=INK,
-        )
+        axes.axhline(base, color=INK, linewidth=0.9, linestyle=":", label=f"base model: {base:.1f}", zorder=1)
     front = sorted((points[index] for index in found.fronts[name]), key=lambda point: point[0])
     axes.plot(*zip(*front, strict=True), color=FRONT, linewidth=1.4, zorder=1.5)
     axes.plot(
@@ -212,7 +202,13 @@ def _place_labels(
 
 
 def _bar_ends(axes: "Axes") -> Iterator[tuple[float, float, float, float]]:
-    """The bars of a panel, in pixels: x and y of both ends."""
+    """The bars of a panel and the base model's line, in pixels: x and y of both ends."""
+    frame = axes.get_window_extent()
+    for line in axes.lines:
+        if str(line.get_label()).startswith(BASE):
+            drawn: Any = line.get_ydata()
+            height = axes.transData.transform((0, drawn[0]))[1]
+            yield frame.x0, height, frame.x1, height
     for container in axes.containers:
         for bars in container[2]:
             for segment in bars.get_segments():
