@@ -36,9 +36,10 @@ WARM_UP, SETTLING = 0.1, 0.3
 """AdaLoRA allocates ranks after the first tenth of the steps, and not in the last three (``tinit``, ``tfinal``)."""
 DAMPING = 0.01
 """Is added to the diagonal of CorDA's C, in parts of its mean, so that C can be inverted; as in the paper's code."""
-FACTOR_RATE = {"lora": 1.0, "adalora": 1.0, "corda": 1.0}
-OSF_SCALE = 1.0
-"""TO BE MEASURED"""
+PACE = {"lora": 0.125, "adalora": 0.7, "corda": 0.125}
+"""The first rate that is tried is twice this, divided by √(α d_in): measured, at several ranks and α."""
+OSF_PACE = 0.5
+"""The first rate of ``osf``, in parts of that for the matrix itself."""
 
 
 class Config(GradientConfig):
@@ -59,18 +60,26 @@ class Config(GradientConfig):
 
     presets: ClassVar[Presets] = {
         "lora": {"tuner": "lora"},
-        "adalora": {"tuner": "adalora", "rank": 12},
+        "adalora": {"tuner": "adalora", "rank": 48, "target_rank": 32},
         "osf": {"tuner": "osf"},
         "corda": {"tuner": "corda"},
         # its loss counts the penalty when it is compared with the bound, which is then never reached
-        "published": {**PUBLISHED, "tuner": "adalora", "rank": 12, "target_rank": 12, "alpha": 32.0, "stop_loss": 0.0},
+        "published": {
+            **PUBLISHED,
+            "tuner": "adalora",
+            "parts": ("query", "value"),
+            "rank": 12,
+            "target_rank": 12,
+            "alpha": 32.0,
+            "stop_loss": 0.0,
+        },
     }
 
     tuner: Tuner = "lora"
-    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("query", "value")
-    rank: Annotated[int, Field(ge=1)] = 8
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("down",)
+    rank: Annotated[int, Field(ge=1)] = 32
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    target_rank: Annotated[int, Field(ge=1)] = 8
+    target_rank: Annotated[int, Field(ge=1)] = 32
     orthogonality: Annotated[float, Field(ge=0)] = 0.5
     preserved: Annotated[float, Field(gt=0, lt=1)] = 0.5
     project_updates: bool = True
@@ -119,16 +128,18 @@ class Config(GradientConfig):
         return self.tuner == "adalora" and self.target_rank < self.rank
 
     def scale(self, d_in: int) -> float:
-        """How many times the rate for a matrix itself the rate to begin with is: what was measured to suit the tuner.
+        """How many times the rate for a matrix itself the first rate is.
+
+        A step of Adam moves B A by the rate times A, of size 1/√d_in at the start, and then by the rate times B; so
+        the rate that suits falls like 1/√d_in, where that for a matrix falls like 1/d_in.
 
         Args:
             d_in: Of the widest matrix.
 
         Returns:
-            The multiple. What the rate for a matrix owes to d_in, that for low-rank factors does not (A's rows hand
-            on inputs at about their own size), and α takes its place.
+            The multiple.
         """
-        return OSF_SCALE if self.tuner == "osf" else FACTOR_RATE[self.tuner] * d_in / self.alpha
+        return OSF_PACE if self.tuner == "osf" else PACE[self.tuner] * (d_in / self.alpha) ** 0.5
 
     def of_peft(self, peft: Any, steps: int) -> Any:
         """The settings as PEFT's.
