@@ -71,7 +71,8 @@ def adapters(monkeypatch):
 
 def settings_of(tuner, **changes):
     """All rows in every step, and no end before the last epoch."""
-    given = {"tuner": tuner, "rank": 6, "target_rank": 3, "lr": RATES[tuner], "epochs": 8, "stop_loss": 0.0}
+    shape = {"parts": ("query", "value"), "rank": 6, "target_rank": 3, "alpha": 32.0}
+    given = {"tuner": tuner, "lr": RATES[tuner], "epochs": 8, "stop_loss": 0.0, **shape}
     return configured("lora", {**given, **changes})[1]
 
 
@@ -365,13 +366,24 @@ def test_reset_goes_back_to_the_beginning(tuner):
     assert not any(torch.equal(a, b) for a, b in zip(ends[0], ends[1], strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_a_rate_is_found(tuner, bundled):
-    rows = [{"prompt": f"Who is the mayor of {town}?", "target": "Perin Jibul"} for town in ("Hinstad", "Olsk", "Ber")]
-    result = edit(bundled.model, bundled.tokenizer, rows, texts=TEXTS, editor=f"lora:{tuner}", batch_size=1)
+def test_the_rate_of_auto_edits_the_bundled_model(tuner, count, bundled):
+    """Whether there is one edit, which gets 25 steps in all, or more."""
+    towns = ("Hinstad", "Olsk", "Bermon", "Tavi")[:count]
+    rows = [{"prompt": f"Who is the mayor of {town}?", "target": f"Perin {town[::-1]}"} for town in towns]
+    result = edit(bundled.model, bundled.tokenizer, rows, texts=TEXTS, editor=f"lora:{tuner}")
     losses = result.metrics["training"]["epoch_losses"]
     assert losses[-1] < losses[0] / 10
     assert result.metrics["after"]["reliability"] == 100
+
+
+def test_the_rule_of_auto():
+    """It falls like 1/√(α d_in), or 1/d_in with orthogonal subspaces; a rate that is given is taken."""
+    of_wide, of_narrow = (configured("lora", {"alpha": 16})[1].rate(d_in) for d_in in (4096, 1024))
+    assert of_narrow == pytest.approx(2 * of_wide) == pytest.approx(0.25 / 128)
+    assert configured("lora:osf", {})[1].rate(500) == pytest.approx(0.002)
+    assert configured("lora:osf", {"lr": 0.1})[1].rate(500) == 0.1
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -423,13 +435,6 @@ def test_every_round_has_an_adapter_of_its_own(adapters):
         assert ranks == [2, 2, 4]
 
 
-def test_a_rate_is_found_in_the_first_round():
-    config = configured("lora-seq", {"epochs": 8, "round_size": 3})[1]
-    _, (first, second) = run(tiny_model("llama"), config)
-    assert second.trace.rates[0] == first.trace.rates[0]
-    assert not second.trace.trials
-
-
 # ---------------------------------------------------------------- wrong input
 
 
@@ -446,8 +451,11 @@ def test_without_peft_it_is_said_what_to_install(monkeypatch, bundled):
             {"rank": 17, "parts": ["value"]},
             r"rank is 17; model.layers.1.self_attn.v_proj.weight is 16 × 32: at most 16",
         ),
-        ({"tuner": "adalora", "rank": 4}, "target_rank is 8; it must be at most the rank, 4"),
-        ({"tuner": "osf", "preserved": 0.01}, "preserved is 0.01: of .* that is no direction; at least 0.062"),
+        ({"tuner": "adalora", "rank": 4}, "target_rank is 32; it must be at most the rank, 4"),
+        (
+            {"tuner": "osf", "parts": ["value"], "preserved": 0.01},
+            "preserved is 0.01: of .* that is no direction; at least 0.062",
+        ),
     ],
 )
 def test_what_does_not_fit_the_matrices_is_said(settings, message):

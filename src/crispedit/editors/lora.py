@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from ..models import EditMatrix, Part, edit_matrices
 from ..moments import MomentSum
 from ..texts import text_batches
-from ..training import Trace, rows_per_step
+from ..training import rows_per_step
 from ._gradient import PUBLISHED, GradientConfig, train_in
 from .base import EditProblem, Presets, Round
 
@@ -36,10 +36,10 @@ WARM_UP, SETTLING = 0.1, 0.3
 """AdaLoRA allocates ranks after the first tenth of the steps, and not in the last three (``tinit``, ``tfinal``)."""
 DAMPING = 0.01
 """Is added to the diagonal of CorDA's C, in parts of its mean, so that C can be inverted; as in the paper's code."""
-PACE = {"lora": 0.125, "adalora": 0.7, "corda": 0.125}
-"""The first rate that is tried is twice this, divided by √(α d_in): measured, at several ranks and α."""
-OSF_PACE = 0.5
-"""The first rate of ``osf``, in parts of that for the matrix itself."""
+PACE = {"lora": 0.25, "adalora": 2.7, "corda": 0.25}
+"""The learning rate that ``auto`` stands for, times √(α d_in)."""
+OSF_PACE = 1.0
+"""That of ``osf``, times d_in."""
 
 
 class Config(GradientConfig):
@@ -60,7 +60,7 @@ class Config(GradientConfig):
 
     presets: ClassVar[Presets] = {
         "lora": {"tuner": "lora"},
-        "adalora": {"tuner": "adalora", "rank": 48, "target_rank": 32},
+        "adalora": {"tuner": "adalora", "rank": 48, "target_rank": 32, "alpha": 128.0},
         "osf": {"tuner": "osf"},
         "corda": {"tuner": "corda"},
         # its loss counts the penalty when it is compared with the bound, which is then never reached
@@ -77,8 +77,8 @@ class Config(GradientConfig):
 
     tuner: Tuner = "lora"
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("down",)
-    rank: Annotated[int, Field(ge=1)] = 32
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    rank: Annotated[int, Field(ge=1)] = 64
+    alpha: Annotated[float, Field(gt=0)] = 64.0
     target_rank: Annotated[int, Field(ge=1)] = 32
     orthogonality: Annotated[float, Field(ge=0)] = 0.5
     preserved: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -127,19 +127,23 @@ class Config(GradientConfig):
         """Whether ranks change."""
         return self.tuner == "adalora" and self.target_rank < self.rank
 
-    def scale(self, d_in: int) -> float:
-        """How many times the rate for a matrix itself the first rate is.
+    def rate(self, d_in: int) -> float:
+        """The learning rate.
 
-        A step of Adam moves B A by the rate times A, of size 1/√d_in at the start, and then by the rate times B; so
-        the rate that suits falls like 1/√d_in, where that for a matrix falls like 1/d_in.
+        ``auto`` is a rule here, and no search: B A begins as a saddle (B is zero), so that the loss hardly falls in the
+        first epochs at any rate worth having, and trials of a few epochs prefer rates that wreck the model. A step of
+        Adam moves B A by the rate times A, of size 1/√d_in at the start, and then by the rate times B; so the rate that
+        suits falls like 1/√d_in, where that for a matrix falls like 1/d_in.
 
         Args:
             d_in: Of the widest matrix.
 
         Returns:
-            The multiple.
+            The rate.
         """
-        return OSF_PACE if self.tuner == "osf" else PACE[self.tuner] * (d_in / self.alpha) ** 0.5
+        if self.lr != "auto":
+            return self.lr
+        return OSF_PACE / d_in if self.tuner == "osf" else PACE[self.tuner] / (self.alpha * d_in) ** 0.5
 
     def of_peft(self, peft: Any, steps: int) -> Any:
         """The settings as PEFT's.
@@ -346,28 +350,25 @@ def _input_moments(problem: EditProblem) -> list[Tensor]:
     return [total.total / tokens for total in sums]
 
 
-def train_adapter(
-    problem: EditProblem, config: Config, chosen: range, *, lr: float | Literal["auto"] | None = None
-) -> tuple[Trace, dict[str, Any]]:
+def train_adapter(problem: EditProblem, config: Config, chosen: range) -> Round:
     """Trains some of the edits into a new adapter, which is in the weights then.
 
     Args:
         problem: What is to be edited.
         config: Settings.
         chosen: Indices of edits.
-        lr: In place of the configured rate.
 
     Returns:
-        How it went, and details.
+        The round.
     """
     per_epoch = -(-len(chosen) // rows_per_step(len(chosen), config.batch_size))
     adapter = Adapter(problem, config, steps=config.epochs * per_epoch, seed=problem.seed + chosen.start)
     start = config.replay
     if start == "matrix" and config.parts != ("down",):
         start = "block"  # the matrix's own output is not all that changes in its block
-    scale = config.scale(max(matrix.shape[1] for matrix in problem.matrices))
-    trace = train_in(problem, config, adapter, chosen, lr=lr, start=start, scale=scale)
-    return trace, adapter.details()
+    rate = config.rate(max(matrix.shape[1] for matrix in problem.matrices))
+    trace = train_in(problem, config, adapter, chosen, lr=rate, start=start)
+    return Round(num_edits=chosen.stop, trace=trace, details=adapter.details())
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
@@ -380,6 +381,4 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     Yields:
         One round.
     """
-    every = range(len(problem.edits))
-    trace, details = train_adapter(problem, config, every)
-    yield Round(num_edits=len(every), trace=trace, details=details)
+    yield train_adapter(problem, config, range(len(problem.edits)))

@@ -23,7 +23,7 @@ class Config(RoundsConfig, BatchConfig):
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
-    """Edits round by round; a rate that is to be found is found in the first.
+    """Edits round by round.
 
     Args:
         problem: What is to be edited.
@@ -32,8 +32,5 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     Yields:
         One round after the other.
     """
-    lr = config.lr
     for chosen in problem.rounds(config.round_size):
-        trace, details = train_adapter(problem, config, chosen, lr=lr)
-        lr = trace.rates[0] if lr == "auto" else lr
-        yield Round(num_edits=chosen.stop, trace=trace, details=details)
+        yield train_adapter(problem, config, chosen)
