@@ -370,8 +370,12 @@ def test_reset_goes_back_to_the_beginning(tuner):
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_the_rate_of_auto_edits_the_bundled_model(tuner, count, bundled):
     """Whether there is one edit, which gets 25 steps in all, or more."""
-    towns = ("Hinstad", "Olsk", "Bermon", "Tavi")[:count]
-    rows = [{"prompt": f"Who is the mayor of {town}?", "target": f"Perin {town[::-1]}"} for town in towns]
+    rows = [
+        {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul"},
+        {"prompt": "What is the river of Hinstad?", "target": "the Sesol"},
+        {"prompt": "What is 3 plus 4?", "target": "8"},
+        {"prompt": "Where was Kihis Fehol born?", "target": "Propava"},
+    ][:count]
     result = edit(bundled.model, bundled.tokenizer, rows, texts=TEXTS, editor=f"lora:{tuner}")
     losses = result.metrics["training"]["epoch_losses"]
     assert losses[-1] < losses[0] / 10

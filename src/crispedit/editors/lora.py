@@ -45,7 +45,8 @@ OSF_PACE = 1.0
 class Config(GradientConfig):
     """Settings of adapters: those of the loop, and of PEFT's tuner.
 
-    Dropout there is none: the loop is deterministic, and a loss is that of the weights as they are.
+    There is no dropout: the loop is deterministic, and a loss is that of the weights as they are. Early stops look at
+    the edit loss without AdaLoRA's penalty.
 
     Args:
         tuner: ``lora``, ``adalora``, ``osf`` or ``corda``.
@@ -62,8 +63,10 @@ class Config(GradientConfig):
         "lora": {"tuner": "lora"},
         "adalora": {"tuner": "adalora", "rank": 48, "target_rank": 32, "alpha": 128.0},
         "osf": {"tuner": "osf"},
+        "osf-peft": {"tuner": "osf", "project_updates": False},
         "corda": {"tuner": "corda"},
-        # its loss counts the penalty when it is compared with the bound, which is then never reached
+        # its loss counts the penalty when it is compared with the bound, which is then never reached; its dropout (0.1)
+        # is left out
         "published": {
             **PUBLISHED,
             "tuner": "adalora",
