@@ -203,7 +203,7 @@ class RuledMatrices:
 
     def __init__(self, matrices: Sequence[EditMatrix], rules: Sequence[UpdateRule]) -> None:
         self.matrices, self.rules = matrices, rules
-        self.parameters = [rule.parameter for rule in rules]
+        self.parameters: Sequence[Tensor] = [rule.parameter for rule in rules]
         self._starts = [parameter.clone() for parameter in self.parameters]
         # the matrices without what the rules stand for
         self._originals = [matrix.weight - rule.delta() for matrix, rule in zip(matrices, rules, strict=True)]

@@ -8,7 +8,7 @@ from pydantic import Field
 from ..precision import Precision
 from ..replay import Start
 from ..rotation import rotated
-from ..training import STOP_LOSS, Reduction, Trace, fine_tune, rows_per_step
+from ..training import STOP_LOSS, Reduction, RuledMatrices, Trace, Trainee, rows_per_step, train
 from ..updates import Unconstrained, UpdateRule
 from .base import EditorConfig, EditProblem, Round
 
@@ -43,6 +43,42 @@ def unconstrained(problem: EditProblem) -> list[UpdateRule]:
     return [Unconstrained(matrix.shape, matrix.parameter.device) for matrix in problem.matrices]
 
 
+def train_in(
+    problem: EditProblem,
+    config: GradientConfig,
+    trainee: Trainee,
+    chosen: Sequence[int],
+    *,
+    lr: float | Literal["auto"] | None = None,
+    **options: Any,
+) -> Trace:
+    """Trains some of the edits into a trainee.
+
+    Args:
+        problem: What is to be edited.
+        config: Settings.
+        trainee: What is trained.
+        chosen: Indices of edits.
+        lr: In place of the configured rate.
+        **options: Of :func:`crispedit.training.train`, in place of those that the settings give.
+
+    Returns:
+        How it went.
+    """
+    given = {
+        "lr": config.lr if lr is None else lr,
+        "epochs": config.epochs,
+        "batch_size": rows_per_step(len(chosen), config.batch_size),
+        "seed": problem.seed,
+        "stop_loss": config.stop_loss,
+        "start": config.replay,
+        "precision": config.precision,
+        "progress": problem.progress,
+    }
+    rows = [problem.rows[index] for index in chosen]
+    return train(problem.model, problem.matrices, trainee, rows, **{**given, **options})
+
+
 def train_rules(
     problem: EditProblem,
     config: GradientConfig,
@@ -66,21 +102,8 @@ def train_rules(
         How it went.
     """
     with rotated(problem.matrices, [rule.frame for rule in rules]):
-        return fine_tune(
-            problem.model,
-            problem.matrices,
-            rules,
-            [problem.rows[index] for index in chosen],
-            lr=config.lr if lr is None else lr,
-            epochs=config.epochs,
-            batch_size=rows_per_step(len(chosen), config.batch_size),
-            seed=problem.seed,
-            stop_loss=config.stop_loss,
-            reduction=reduction,
-            start=config.replay,
-            precision=config.precision,
-            progress=problem.progress,
-        )
+        trainee = RuledMatrices(problem.matrices, rules)
+        return train_in(problem, config, trainee, chosen, lr=lr, reduction=reduction)
 
 
 class RoundsConfig(GradientConfig):
