@@ -237,6 +237,7 @@ def test_a_rate_that_wrecks_the_model_is_an_error():
 
 def test_default_parts_are_the_published_ones_of_32_blocks():
     assert default_parts(32) == ((11, 12, 13, 14, 15), (18, 19, 20, 21, 22, 23, 24))
+    assert default_parts(8) == ((2, 3), (4, 5, 6))
     for blocks in range(1, 130):
         gates, ups = default_parts(blocks)
         assert gates

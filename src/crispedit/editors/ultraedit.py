@@ -76,8 +76,8 @@ class Config(EditorConfig):
 def default_parts(num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The blocks whose gates, and those whose up-projections are edited unless the user names some.
 
-    Gates 11–15 and up-projections 18–24 of 32 blocks, as published for LLaMA-3-8B; the same shares of the depth
-    elsewhere.
+    Gates 11–15 and up-projections 18–24 of 32 blocks, as published for LLaMA-3-8B; elsewhere the same shares of the
+    depth, whole blocks: 2–3 and 4–6 of 8.
 
     Args:
         num_layers: L, the number of decoder blocks.
@@ -85,11 +85,11 @@ def default_parts(num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Returns:
         Ascending indices of each, none of them empty.
     """
-    first, second = (
-        tuple(range(start * num_layers // 32, max(-(-end * num_layers // 32), start * num_layers // 32 + 1)))
-        for start, end in (GATE_LAYERS, UP_LAYERS)
-    )
-    return first, second
+
+    def blocks(first: int, end: int) -> tuple[int, ...]:
+        return tuple(range(first * num_layers // 32, -(-end * num_layers // 32)))
+
+    return blocks(*GATE_LAYERS), blocks(*UP_LAYERS)
 
 
 def ridge_regression(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:

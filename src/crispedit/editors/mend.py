@@ -1,0 +1,168 @@
+"""MEND: a trained hypernetwork turns the gradient of an edit into the change that makes it.
+
+    W' = W − α Σ_t g̃_t h̃_tᵀ,    [h̃_t; g̃_t] = network([h_t; g_t])
+
+with h_t and g_t the input and the output gradient of W at every token of the edit, and one learned α per matrix
+(:mod:`crispedit.editors._hypernetwork`). The network is trained beforehand, on other edits of the same model
+(:mod:`crispedit.editors._meta`): with ``crispedit train-mend``, or else at the beginning of the edit.
+("Fast Model Editing at Scale", Mitchell et al., arXiv 2110.11309.)
+
+A network learns what one edit does to the model as it was. Rounds add up, and the model moves away from that.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from ..edits import Edit
+from ..errors import ConfigError, NumericsError
+from ..models import EditMatrix, decoder_blocks, edit_matrices
+from ..progress import log
+from ..proof import mean_loss
+from ..training import Trace
+from ._capture import capture
+from ._hypernetwork import Hypernetwork
+from ._meta import MetaSettings, lessons, load_hypernetwork, read_training, train_hypernetwork
+from .base import EditorConfig, EditProblem, Presets, Round
+
+BLOCKS = 3
+"""So many of the last blocks are edited."""
+STEP = 0.13
+"""α begins at this / d_in: a token's pseudo-gradient moves its own output by α ‖h̃‖² of its size, about α d_in."""
+
+
+class Config(EditorConfig):
+    """Settings of MEND; all but the first two are of the network's training.
+
+    Args:
+        network: A directory written by ``crispedit train-mend``; without it, a network is trained first.
+        round_size: Edits whose changes are computed from the same weights and added up; 1 edits one after the other.
+        rank: r of the network's layers; ``auto`` is an eighth of d_in + d_out, and 1920 at the most.
+        step_size: Where every α begins; ``auto`` is :data:`STEP` / d_in.
+        lr: Adam's learning rate for the network.
+        step_size_lr: Adam's learning rate for α, in parts of where it begins.
+        edit_weight: c_edit, of the edit loss.
+        locality_weight: c_loc, of the divergence where answers must stay.
+        clip: Norm at which the gradient of a step is clipped.
+        steps: Of Adam.
+        edits_per_step: Train edits of a step.
+        edits_per_update: Of these, how many make one update together.
+    """
+
+    presets: ClassVar[Presets] = {
+        "published": {
+            "rank": 1920, "step_size": 1e-4, "lr": 1e-6, "step_size_lr": 1.0, "steps": 10_000, "eos": False,
+        },
+    }  # fmt: skip
+    lowers_loss: ClassVar[bool] = False
+
+    network: str | None = None
+    round_size: Annotated[int, Field(ge=1)] = 1
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    step_size: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    step_size_lr: Annotated[float, Field(gt=0)] = 0.2
+    edit_weight: Annotated[float, Field(gt=0)] = 0.1
+    locality_weight: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(gt=0)] = 100.0
+    steps: Annotated[int, Field(ge=1)] = 400
+    edits_per_step: Annotated[int, Field(ge=1)] = 10
+    edits_per_update: Annotated[int, Field(ge=1)] = 1
+
+    def matrices(self, model: Any, layers: Sequence[int] | None) -> tuple[EditMatrix, ...]:
+        """The whole MLP of the last three blocks, or of those that are named or that the network was trained for."""
+        if layers is None and self.network is not None:
+            layers = read_training(Path(self.network))["layers"]
+        if layers is None:
+            count = len(decoder_blocks(model)[1])
+            layers = range(max(0, count - BLOCKS), count)
+        return edit_matrices(model, layers, ("gate", "up", "down"))
+
+    def needs_train_edits(self) -> bool:
+        """Unless there is a network."""
+        return self.network is None
+
+    def meta(self, matrices: Sequence[EditMatrix], seed: int) -> MetaSettings:
+        """The settings of a training for these matrices."""
+        widest = max(sum(matrix.shape) for matrix in matrices)
+        names = MetaSettings.__dataclass_fields__.keys() - {"rank", "step_size", "seed"}
+        rank = max(1, min(1920, widest // 8)) if self.rank == "auto" else self.rank
+        step_size = STEP / min(matrix.shape[1] for matrix in matrices) if self.step_size == "auto" else self.step_size
+        return MetaSettings(rank=rank, step_size=step_size, seed=seed, **{name: getattr(self, name) for name in names})
+
+
+def unseen(train_edits: Sequence[Edit], edits: Sequence[Edit]) -> list[Edit]:
+    """The train edits whose prompt is not that of an edit to be made; what is left out is told.
+
+    Args:
+        train_edits: To learn from.
+        edits: To be made.
+
+    Returns:
+        At least one.
+
+    Raises:
+        ConfigError: None is left.
+    """
+    taken = {edit.prompt for edit in edits}
+    left = [edit for edit in train_edits if edit.prompt not in taken]
+    if not left:
+        raise ConfigError(
+            "editor mend learns how to edit from other edits, and there are none: give --train-edits FILE, or --limit "
+            "N, so that the rows beyond it are left to learn from, or --set network=DIR"
+        )
+    if len(left) < len(train_edits):
+        log.info(
+            "%d train edits have the prompt of an edit to be made; they are left out", len(train_edits) - len(left)
+        )
+    return left
+
+
+def _network(problem: EditProblem, config: Config) -> tuple[Hypernetwork, dict[str, Any]]:
+    """The trained network, and how it was trained."""
+    if config.network is not None:
+        network = load_hypernetwork(Path(config.network), problem.model, problem.matrices)
+        return network, read_training(Path(config.network))["training"]
+    train_edits = unseen(problem.train_edits, problem.edits)
+    log.info(
+        "mend trains its hypernetwork first, on %d other edits; 'crispedit train-mend' keeps one", len(train_edits)
+    )
+    taught = lessons(problem.model, problem.prompter, train_edits, problem.texts, problem.seed)
+    settings = config.meta(problem.matrices, problem.seed)
+    meta = train_hypernetwork(problem.model, problem.matrices, taught, settings, progress=problem.progress)
+    return meta.network, meta.report()
+
+
+def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
+    """Trains or loads the network, then edits round by round.
+
+    Args:
+        problem: What is to be edited.
+        config: Settings.
+
+    Yields:
+        One round after the other.
+
+    Raises:
+        ConfigError: There is neither a network nor an edit to learn from.
+        NumericsError: The edit loss is not finite any more.
+    """
+    network, details = _network(problem, config)
+    for number, chosen in enumerate(problem.rounds(config.round_size), 1):
+        rows = [problem.rows[index] for index in chosen]
+        captured = capture(problem.model, problem.matrices, rows, tokens="all")
+        with torch.no_grad():
+            for index, matrix in enumerate(problem.matrices):
+                matrix.weight.add_(network.update(index, captured.factors[matrix.name]).delta())
+        before, after = float(captured.losses.mean()), mean_loss(problem.model, rows)
+        if after != after or after == float("inf"):
+            raise NumericsError(f"the edit loss is {after} after round {number}; lower step_size, or make fewer edits")
+        problem.progress("edit", chosen.stop, len(problem.edits))
+        yield Round(
+            num_edits=chosen.stop,
+            trace=Trace(epoch_losses=[before], rates=[config.lr], steps=1),
+            details={"loss_before": before, "loss_after": after, **({"training": details} if number == 1 else {})},
+        )
