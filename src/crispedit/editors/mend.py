@@ -21,8 +21,7 @@ from ..edits import Edit
 from ..errors import ConfigError, NumericsError
 from ..models import EditMatrix, decoder_blocks, edit_matrices
 from ..progress import log
-from ..proof import mean_loss
-from ..training import Trace
+from ..training import Trace, mean_loss
 from ._capture import capture
 from ._hypernetwork import Hypernetwork
 from ._meta import MetaSettings, lessons, load_hypernetwork, read_training, train_hypernetwork

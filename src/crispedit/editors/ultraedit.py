@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from ..models import EditMatrix, decoder_blocks, edit_matrices
-from ..proof import mean_loss
-from ..training import Trace
+from ..training import Trace, mean_loss
 from ._capture import Captured, RunningMoments, TokenFactors, Tokens, capture
 from .base import EditorConfig, EditProblem, Presets, Round
 
