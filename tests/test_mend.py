@@ -173,9 +173,9 @@ def test_rows_of_many_edits_meet_each_its_own_dense_weights(build):
 # ---------------------------------------------------------------- the training
 
 
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("together", [1, 2, 8])
 def test_the_losses_and_their_gradient_are_those_of_dense_weights(together):
-    meta = meta_of(tiny_llama(torch.float64))
+    meta = meta_of(tiny_llama(torch.float64), count=8)
     stirred(meta.network)
     parameters = list(meta.network.parameters())
     found = meta.losses(meta.taught, random.Random(0), together)

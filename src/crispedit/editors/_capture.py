@@ -6,7 +6,7 @@ UltraEdit and MEND make their update of the pairs (h_t, g_t), and never of ∇W.
 standard deviation of every coordinate over all tokens seen (:class:`RunningMoments`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ def capture(
     tokens: Tokens = "answer",
     reduction: Literal["sum", "mean"] = "sum",
     batch_size: int = 32,
+    done: Callable[[int], None] = lambda rows: None,
 ) -> Captured:
     """Inputs and output gradients of matrices for rows, with the weights as they are.
 
@@ -76,6 +77,7 @@ def capture(
         reduction: The loss of which g is the gradient: the sum over the target tokens of a row (then rows do not
             depend on what they are run with), or the mean over the target tokens of a batch.
         batch_size: Rows of a pass.
+        done: Called after every pass with the rows behind it.
 
     Returns:
         Tokens in the order of ``rows``. At ``all`` tokens, those of the last block's MLP whose gradient must be zero,
@@ -97,6 +99,7 @@ def capture(
         for matrix, gradient in zip(matrices, gradients, strict=True):
             inputs = records[matrix.name][0]
             parts[matrix.name].append(_at(tokens, batch, inputs, gradient, start))
+        done(min(start + batch_size, len(rows)))
     factors = {
         name: TokenFactors(
             inputs=torch.cat([part.inputs for part in of_matrix]),

@@ -162,12 +162,15 @@ def applied(
         Nothing.
     """
     width = batch.ids.shape[1]
+    one_group = not groups.any()
     everywhere = groups.repeat_interleave(width)
     at_targets = groups[batch.positions.cpu() // width]  # all that the last block's MLP is run at
 
     def hook_for(update: LowRankUpdate) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             h = arguments[0].flatten(0, -2).to(update.right.dtype)
+            if one_group and len(update.groups) > min(update.left.shape[1], update.right.shape[1]):
+                return (output + (h @ update.delta().T).view(output.shape)).to(output.dtype)  # fewer flops
             own = everywhere if len(h) == len(everywhere) else at_targets
             scores = (h @ update.right.T) * (own.to(h.device)[:, None] == update.groups)
             return (output - (scores @ update.left).view(output.shape)).to(output.dtype)

@@ -21,7 +21,7 @@ from ..edits import Edit
 from ..errors import ConfigError, NumericsError
 from ..models import EditMatrix, decoder_blocks, edit_matrices
 from ..progress import log
-from ..training import Trace, mean_loss
+from ..training import mean_loss
 from ._capture import capture
 from ._hypernetwork import Hypernetwork
 from ._meta import MetaSettings, lessons, load_hypernetwork, read_training, train_hypernetwork
@@ -162,6 +162,5 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         problem.progress("edit", chosen.stop, len(problem.edits))
         yield Round(
             num_edits=chosen.stop,
-            trace=Trace(epoch_losses=[before], rates=[config.lr], steps=1),
             details={"loss_before": before, "loss_after": after, **({"training": details} if number == 1 else {})},
         )

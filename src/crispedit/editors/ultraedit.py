@@ -14,6 +14,7 @@ in so many matrices mean something else in every model; the share of the loss th
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from ..models import EditMatrix, decoder_blocks, edit_matrices
-from ..training import Trace, mean_loss
+from ..training import mean_loss
 from ._capture import Captured, RunningMoments, TokenFactors, Tokens, capture
 from .base import EditorConfig, EditProblem, Presets, Round
 
@@ -54,8 +55,8 @@ class Config(EditorConfig):
     lowers_loss: ClassVar[bool] = False
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    strength: Annotated[float, Field(gt=0)] = 1.0
-    round_size: Annotated[int, Field(ge=1)] = 100
+    strength: Annotated[float, Field(gt=0)] = 2.0
+    round_size: Annotated[int, Field(ge=1)] = 1000
     batch_size: Annotated[int, Field(ge=1)] = 32
     ridge: Annotated[float, Field(gt=0)] = 1.0
     tokens: Tokens = "answer"
@@ -161,6 +162,7 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
             tokens=config.tokens,
             reduction=config.reduction,
             batch_size=config.batch_size,
+            done=partial(_tell, problem, chosen.start),
         )
         for matrix in problem.matrices:
             joined = captured.factors[matrix.name].joined
@@ -178,13 +180,16 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         before, after = float(captured.losses.mean()), mean_loss(problem.model, rows)
         if after != after or after == float("inf"):
             raise NumericsError(f"the edit loss is {after} after round {number}; lower --lr ({rate:g})")
-        problem.progress("edit", chosen.stop, len(problem.edits))
         tokens = len(captured.factors[problem.matrices[0].name].inputs)
         yield Round(
             num_edits=chosen.stop,
-            trace=Trace(epoch_losses=[before], rates=[rate], steps=1),
-            details={"tokens": tokens, "loss_before": before, "loss_after": after},
+            details={"lr": rate, "tokens": tokens, "loss_before": before, "loss_after": after},
         )
+
+
+def _tell(problem: EditProblem, first: int, done: int) -> None:
+    """Progress: gradients are nearly all of the work."""
+    problem.progress("edit", first + done, len(problem.edits))
 
 
 def _rate(matrices: Sequence[EditMatrix], directions: Sequence[Tensor], captured: Captured, config: Config) -> float:
