@@ -342,7 +342,10 @@ def test_rows_beyond_the_limit_are_learned_from(monkeypatch):
         EditJob(model="bundled", edits="bundled:demo", editor="mend", limit=5).run()
     with pytest.raises(ZeroDivisionError):
         EditJob(model="bundled", edits="bundled:demo", editor="ft", limit=5).run()
-    (edits, others), (_, none) = seen
+    with pytest.raises(ZeroDivisionError):
+        EditJob(model="bundled", edits="bundled:demo", editor="mend", limit=5, train_edits="bundled:train").run()
+    (edits, others), (_, none), (_, given) = seen
+    assert len(given) == 2000
     assert len(edits) == 5
     assert [other.row for other in others] == list(range(6, 201))
     assert none == ()

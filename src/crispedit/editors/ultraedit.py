@@ -43,8 +43,7 @@ class Config(EditorConfig):
         ridge: λ.
         tokens: ``answer``: tokens whose next one is of the target; ``all``: prompts too.
         normaliser: ``kept`` over rounds, or new in each (``round``).
-        reduction: Whether v_t is the gradient of a row's loss summed over its targets (``sum``), or of the mean
-            over the targets of a batch (``mean``), which makes an edit depend on those beside it.
+        reduction: v_t is the gradient of a row's loss (``sum``), or of the mean over a batch's targets (``mean``).
     """
 
     presets: ClassVar[Presets] = {
