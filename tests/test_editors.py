@@ -23,7 +23,7 @@ ROWS = [
 TEXTS = [f"Text number {i} speaks of a mill, {i + 3} coins and a grey coat by the river." for i in range(10)]
 LAYERS = [2, 3]
 OTHERS = edits_from_rows(edit_rows("train")[:40])
-FAST = {"mend": {"steps": 20, "edits_per_step": 4}}
+FAST = {"mend": {"steps": 20, "edits_per_step": 5}}
 """Editors that learn how to edit need not learn it well here."""
 
 

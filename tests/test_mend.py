@@ -43,7 +43,7 @@ SETTINGS = MetaSettings(
     edits_per_update=1,
     seed=0,
 )
-FAST = {"steps": 3, "edits_per_step": 4, "rank": 4}
+FAST = {"steps": 3, "edits_per_step": 4, "edits_per_update": 1, "rank": 4}
 PARTS = ("gate", "up", "down")
 
 
@@ -77,7 +77,7 @@ def meta_of(model, settings=SETTINGS, count=4) -> Meta:
     return meta
 
 
-def dense_losses(meta: Meta, taught, together=1):
+def dense_losses(meta: Meta, taught, together=1, scored=None):
     """The same losses, one row at a time: pairs from a loop, W' as a dense matrix, torch's functional_call."""
     model, network, matrices = meta.model, meta.network, meta.matrices
     edit_losses, divergences = [], []
@@ -102,7 +102,7 @@ def dense_losses(meta: Meta, taught, together=1):
                         z = z + torch.relu(inner + layer.shift[network.member[index]])
                     delta = delta - network.step_sizes[index] * torch.outer(z[shape[1] :], z[: shape[1]])
             weights[matrix.name] = matrix.weight + delta
-        for lesson in group:
+        for lesson in group if scored is None else [taught[index] for index in scored]:
             for row, is_kept in ((lesson.asked[0], False), (lesson.kept[0], True)):
                 ids = torch.tensor([row.ids])
                 after = functional_call(model, weights, (ids,)).logits[0, row.prompt_length - 1 : -1].log_softmax(-1)
@@ -324,6 +324,31 @@ def test_a_round_adds_up_what_its_edits_would_do_alone():
     for name, change in both.items():
         assert relative(change, alone[0][name] + alone[1][name]) < 1e-4  # weights are rounded in float32
         assert relative(after_another[name], change) > 1e-4
+
+
+def test_auto_is_one_round_and_a_network_for_as_many_edits():
+    settings = {"steps": "auto", "edits_per_step": "auto", "edits_per_update": "auto"}
+    of_round = Config(**settings).meta(edit_matrices(tiny_llama(), [0], PARTS), 0, together=100)
+    assert (of_round.edits_per_update, of_round.edits_per_step, of_round.steps) == (100, 100, 120)
+    alone = Config().meta(edit_matrices(tiny_llama(), [0], PARTS), 0)
+    assert (alone.edits_per_update, alone.edits_per_step, alone.steps) == (1, 10, 400)
+    assert (alone.rank, alone.step_size) == (10, 0.13 / 32)
+    result = run(tiny_model("llama"), edits_per_update="auto")
+    assert [r["num_edits"] for r in result.metrics["rounds"]] == [2]
+    result = run(tiny_model("llama"), edits_per_update=1)
+    assert [r["num_edits"] for r in result.metrics["rounds"]] == [1, 2]
+
+
+def test_of_many_edits_some_are_scored_and_all_make_the_update(monkeypatch):
+    monkeypatch.setattr("crispedit.editors._meta.SCORED", 3)
+    meta = meta_of(tiny_llama(torch.float64), count=8)
+    stirred(meta.network)
+    some = sorted(random.Random(0).sample(range(8), 3))
+    found = meta.losses(meta.taught, random.Random(0), 8)
+    monkeypatch.undo()
+    truth = dense_losses(meta, meta.taught, 8, scored=some)
+    for ours, theirs in zip(found, truth, strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
 
 
 def test_without_other_edits_it_says_what_is_missing(bundled):

@@ -38,6 +38,8 @@ SAVE_STEPS = 50
 """A training with a directory saves its state after so many steps."""
 TEXT_TOKENS = 64
 """Of a capability text that stands in for locality prompts."""
+SCORED = 64
+"""Of more edits than that in a step, so many are looked at in the model that they make."""
 CHECKED = 64
 """Train edits, at most a tenth of them, that are kept from training to say how well it went."""
 
@@ -185,6 +187,9 @@ class Meta:
         group = torch.arange(len(taught)) // together
         factors = capture(self.model, self.matrices, [lesson.row for lesson in taught], tokens="all").factors
         updates = [self.network.update(index, factors[m.name], group) for index, m in enumerate(self.matrices)]
+        if len(taught) > SCORED:  # all of them make the update, and some say how good it is
+            some = sorted(rng.sample(range(len(taught)), SCORED))
+            taught, group = [taught[index] for index in some], group[some]
         asked = [rng.choice(lesson.asked) for lesson in taught]
         kept = [rng.choice(lesson.kept) for lesson in taught if lesson.kept]
         groups = torch.cat([group, torch.tensor([g for g, x in zip(group.tolist(), taught, strict=True) if x.kept])])
@@ -235,14 +240,14 @@ class Meta:
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
-        """Mean losses on the train edits that were kept from training, each edit alone."""
+        """Mean losses on the train edits that were kept from training."""
         if not self.checked:
             return {}
         rng = random.Random(f"{self.settings.seed}/check")
-        totals = [0.0, 0.0]
-        for first in range(0, len(self.checked), 8):
-            some = self.checked[first : first + 8]
-            for number, value in enumerate(self.losses(some, rng, 1)):
+        totals, together = [0.0, 0.0], self.settings.edits_per_update
+        for first in range(0, len(self.checked), max(together, 8)):
+            some = self.checked[first : first + max(together, 8)]
+            for number, value in enumerate(self.losses(some, rng, together)):
                 totals[number] += float(value) * len(some) / len(self.checked)
         return {"edit_loss": totals[0], "divergence": totals[1]}
 
