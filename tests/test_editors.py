@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 
+from crispedit.bundled.world import edit_rows
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
 from crispedit.editors import configured, describe_editor, editor_names, find_editor
+from crispedit.edits import edits_from_rows
 from crispedit.errors import ConfigError, EditFailed, EditsError
 from crispedit.models import load_model
 
@@ -20,6 +22,9 @@ ROWS = [
 ]
 TEXTS = [f"Text number {i} speaks of a mill, {i + 3} coins and a grey coat by the river." for i in range(10)]
 LAYERS = [2, 3]
+OTHERS = edits_from_rows(edit_rows("train")[:40])
+FAST = {"mend": {"steps": 20, "edits_per_step": 5}}
+"""Editors that learn how to edit need not learn it well here."""
 
 
 @pytest.fixture(params=editor_names())
@@ -30,8 +35,8 @@ def editor(request):
 def run(bundled, editor, rows=ROWS, **settings):
     """An edit in the editor's own layers, with those of the settings that it has."""
     known = find_editor(editor).Config.model_fields
-    chosen = {name: value for name, value in settings.items() if name in known}
-    return edit(bundled.model, bundled.tokenizer, rows, texts=TEXTS, editor=editor, **chosen)
+    chosen = FAST.get(editor, {}) | {name: value for name, value in settings.items() if name in known}
+    return edit(bundled.model, bundled.tokenizer, rows, texts=TEXTS, editor=editor, train_edits=OTHERS, **chosen)
 
 
 def global_state():

@@ -346,6 +346,56 @@ def compare(
 
 
 @app.command()
+def train_mend(
+    model: Model,
+    train_edits: Annotated[str, typer.Argument(help="Edits to learn from, not those to be made; as for 'edit'.")],
+    out: Annotated[Path, typer.Option(help="Directory for the hypernetwork; the same command goes on in it.")],
+    layers: Layers = None,
+    texts: Texts = None,
+    set_: Set = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    no_eos: NoEos = False,
+    chat: Chat = "auto",
+    conflicts: Conflicts = "first",
+    json: Json = None,
+) -> None:
+    """Train the hypernetwork of editor mend, once per model; interrupted, the same command goes on."""
+    _check_json(json)
+    from .jobs import train_mend_job
+
+    with _bars() as progress:
+        record = train_mend_job(
+            model,
+            train_edits,
+            out,
+            settings=_settings(set_ or []) | ({"eos": False} if no_eos else {}),
+            layers=layers,
+            texts=texts,
+            limit=limit,
+            seed=seed,
+            chat=chat,
+            conflicts=conflicts,
+            overwrite=overwrite,
+            options={
+                "device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code,
+            },
+            progress=progress,
+        )  # fmt: skip
+    from .console import out as stdout
+    from .console import print_training
+
+    print_training(record)
+    stdout.print(f"the hypernetwork is in {out}: crispedit edit … --editor mend --set network={out}", soft_wrap=True)
+    _write_json(json, record)
+
+
+@app.command()
 def editors(
     editor: Annotated[str | None, typer.Argument(help="One of them, for its settings.")] = None,
     json: Json = None,

@@ -181,6 +181,23 @@ def print_curvature(curvature: Curvature) -> None:
     )
 
 
+def print_training(record: dict[str, Any]) -> None:
+    """How the training of a hypernetwork went."""
+    training = record["training"]
+    columns = {
+        "first tenth": training["losses"]["first"],
+        "last tenth": training["losses"]["last"],
+        f"{training['held_out_edits']} edits held out": training["held_out"],
+    }
+    names = {"edit_loss": "edit loss, nats/token", "divergence": "divergence where answers stay, nats/token"}
+    print_table(
+        f"hypernetwork: {training['steps']} steps on {training['train_edits']} edits, layers "
+        + ", ".join(map(str, record["layers"])),
+        ["", *columns],
+        [[name, *(number(values.get(key)) for values in columns.values())] for key, name in names.items()],
+    )
+
+
 def size(num_bytes: int) -> str:
     """Bytes with a unit, three digits."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):

@@ -38,12 +38,12 @@ from .proof import (
     drift_from,
     examples,
     matrix_changes,
-    mean_loss,
     spread,
 )
 from .rows import Chat, Prompter
 from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
+from .training import mean_loss
 from .wild import Question, ask, expected_drafts, questions, score
 
 CHECKED = 8

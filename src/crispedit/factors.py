@@ -113,7 +113,7 @@ class FactorSums:
 
 
 @contextmanager
-def _recorded(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def recorded(matrices: Sequence[EditMatrix]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Within, every forward pass leaves input and output of each matrix's module, by name."""
     records: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -152,7 +152,7 @@ def _passes(
         NumericsError: The loss is not finite.
     """
     device = model.get_input_embeddings().weight.device
-    with frozen(model), _recorded(matrices) as records, torch.enable_grad():
+    with frozen(model), recorded(matrices) as records, torch.enable_grad():
         for number, batch in enumerate(batches[first:], first):
             batch = batch.to(device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()

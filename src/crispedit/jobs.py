@@ -16,7 +16,10 @@ from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
 from .editing import EditResult, check_subjects
 from .editing import edit as edit_model
 from .editors import configured
-from .edits import EditSet, edits_from_rows, load_edits
+from .editors._meta import lessons, train_in_directory
+from .editors.base import EditorConfig
+from .editors.mend import Config as MendConfig
+from .edits import Edit, EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
 from .evaluation import evaluate
 from .generation import BATCH_TOKENS
@@ -31,13 +34,14 @@ from .models import (
     edit_matrices,
     find_device,
     fingerprint,
+    frozen,
     load_model,
     load_skeleton,
     parse_layers,
     tokenizer_hash,
 )
 from .planning import Plan, Settings, Workload, fit_memory, kind_that_fits, parse_memory, plan_edit
-from .precision import mixed_precision
+from .precision import float32_masters, mixed_precision
 from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
 from .rows import Prompter
@@ -185,7 +189,7 @@ class EditJob:
         layers = parse_layers(self.layers) if self.layers is not None else None
         edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)
         check_subjects(config, edit_set)
-        train_edits = read_edits(self.train_edits, conflicts="first") if self.train_edits is not None else ()
+        train_edits = self._train_edits(config)
         if self.expected_edits not in (None, edit_set.sha256):
             raise ArtifactError(f"'{self.edits}' has other edits than the recorded run; give the file it was made from")
         texts = capability_texts(self.model, self.texts, self.samples, self.seed)
@@ -208,7 +212,7 @@ class EditJob:
             layers=layers,
             seed=self.seed,
             chat=self.chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
-            train_edits=tuple(train_edits),
+            train_edits=train_edits,
             stored_dtype=loaded.stored_dtype,
             model_name=self.model,
             progress=progress,
@@ -224,6 +228,22 @@ class EditJob:
             "samples": self.samples,
         }
         return result
+
+    def _train_edits(self, config: EditorConfig) -> tuple[Edit, ...]:
+        """Other edits to learn from: those of a file, else the rows beyond the limit, where the editor needs any."""
+        if self.train_edits is not None:
+            return tuple(read_edits(self.train_edits, conflicts="first"))
+        if not config.needs_train_edits():
+            return ()
+        found = () if self.limit is None else read_edits(self.edits, conflicts="first")
+        beyond = tuple(edit for edit in found if edit.row > (self.limit or 0))
+        if not beyond:
+            raise ConfigError(
+                f"editor {self.editor} learns from other edits: give --train-edits FILE, or --limit N, so that the "
+                "rows beyond it are left to learn from"
+            )
+        log.info("no --train-edits: %s learns from the %d rows beyond --limit", self.editor, len(beyond))
+        return beyond
 
     def _cached_curvature(
         self,
@@ -287,6 +307,76 @@ class EditJob:
         loaded = load_model(self.model, **options)
         matrices = config.matrices(loaded.model, layers)
         return self._cached_curvature(loaded.model, loaded.tokenizer, matrices, texts, progress)
+
+
+def train_mend_job(
+    model: str,
+    train_edits: str,
+    out: Path,
+    *,
+    settings: dict[str, Any],
+    layers: str | None = None,
+    texts: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    chat: str = "auto",
+    conflicts: str = "error",
+    overwrite: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """``crispedit train-mend``: trains the hypernetwork of editor mend, or goes on with a training.
+
+    Args:
+        model: That will be edited.
+        train_edits: Path or bundled split; not the edits to be made.
+        out: Directory for the network.
+        settings: Of the editor.
+        layers: Decoder blocks to edit.
+        texts: Capability texts, for train edits without locality prompts.
+        limit: The first N edits.
+        seed: Of everything drawn at random.
+        chat: Whether prompts go through the chat template.
+        conflicts: What to do with one prompt and several targets.
+        overwrite: Whether another training in the directory is replaced.
+        options: For :func:`crispedit.models.load_model`.
+        progress: Called after every step.
+
+    Returns:
+        The record of the training.
+
+    Raises:
+        ConfigError: The settings name a network.
+    """
+    config = MendConfig.of(settings)
+    if config.network is not None:
+        raise ConfigError("train-mend makes a network; leave --set network out")
+    chosen = parse_layers(layers) if layers is not None else None
+    edit_set = read_edits(train_edits, limit=limit, conflicts=conflicts)
+    divided = capability_texts(model, texts, None, seed)
+    loaded = load_model(model, **(options or {}))
+    matrices = config.matrices(loaded.model, chosen)
+    prompter = Prompter.of(loaded.model, loaded.tokenizer, chat=chat, eos=config.eos)  # type: ignore[arg-type]
+    about = {
+        "model": model,
+        "train_edits": {"source": edit_set.source, "sha256": edit_set.sha256, "count": len(edit_set)},
+        "texts": divided.manifest() if divided is not None else None,
+        "tokenizer": tokenizer_hash(loaded.tokenizer),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "chat": chat,
+        "eos": config.eos,
+    }
+    with frozen(loaded.model), float32_masters(matrices):
+        return train_in_directory(
+            out,
+            loaded.model,
+            matrices,
+            lessons(loaded.model, prompter, edit_set, divided, seed),
+            config.meta(matrices, seed),
+            about,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,9 @@ from .capability import Drift, Logits, logits_of, measure_drift
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
 from .progress import Progress
-from .rows import EditRow
 from .subspace import Subspace
 from .texts import TokenBatch
-from .training import STOP_LOSS, edit_loss
+from .training import STOP_LOSS
 from .wild import Question
 
 Item = TypeVar("Item")
@@ -58,24 +57,12 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-@torch.no_grad()
-def mean_loss(model: Any, rows: Sequence[EditRow], batch_size: int = 8) -> float:
-    """Mean cross-entropy over the target tokens of rows, nats per token: the edit loss, before or after."""
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        count = sum(row.num_targets for row in batch)
-        total += edit_loss(model, batch).item() * count
-        tokens += count
-    return total / tokens
-
-
 def check_edited(delta: dict[str, Tensor], before: float, after: float, *, must_fall: bool = True) -> list[str]:
     """Refuses an edit that did nothing or went wrong, with a diagnosis.
 
     Args:
         delta: ΔW by parameter name.
-        before: :func:`mean_loss` of the proof's edits with the original weights.
+        before: Mean edit loss (:func:`crispedit.training.mean_loss`) of the proof's edits with the original weights.
         after: The same with the edited weights.
         must_fall: Whether the loss is what the editor lowers.
 

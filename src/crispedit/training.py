@@ -55,6 +55,18 @@ def edit_loss(model: Any, rows: Sequence[EditRow]) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), batch.labels.to(logits.device))
 
 
+@torch.no_grad()
+def mean_loss(model: Any, rows: Sequence[EditRow], batch_size: int = 8) -> float:
+    """Mean cross-entropy over the target tokens of rows, nats per token: the edit loss, before or after."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        count = sum(row.num_targets for row in batch)
+        total += edit_loss(model, batch).item() * count
+        tokens += count
+    return total / tokens
+
+
 class _Reading:
     """A number on its way from the device: it is waited for only when it is asked for.
 

@@ -77,6 +77,7 @@ def describe_editor(name: str) -> dict[str, Any]:
         ("a curvature", default.needs_curvature()),
         ("capability texts", default.needs_texts()),
         ("a subject in every edit", default.needs_subject),
+        ("other edits to learn from", default.needs_train_edits()),
     ]
     return {
         "summary": inspect.getdoc(module).partition("\n")[0].partition(": ")[2].rstrip("."),  # type: ignore[union-attr]

@@ -92,6 +92,10 @@ class EditorConfig(BaseModel):
         """Whether these settings need the capability texts themselves."""
         return False
 
+    def needs_train_edits(self) -> bool:
+        """Whether these settings need other edits to learn from."""
+        return False
+
     def subspace(self, curvature: Curvature, name: str) -> Subspace | None:
         """What the change of a matrix has to stay in, for the proof.
 
