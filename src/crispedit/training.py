@@ -253,7 +253,7 @@ class _Loop:
     mixed: bool
     alike: bool
     trainee: Trainee
-    width: float
+    width: int
     """By what learning rates that are looked for are divided."""
     batch_size: int
     seed: int
@@ -381,7 +381,6 @@ def train(
     start: Start = "matrix",
     precision: Precision = "auto",
     alike: bool | None = None,
-    scale: float = 1.0,
     progress: Progress = no_progress,
 ) -> Trace:
     """Trains with Adam what is a part of the model's matrices.
@@ -407,7 +406,6 @@ def train(
         start: The most that is replayed (:mod:`crispedit.replay`).
         precision: See :func:`crispedit.precision.mixed_precision`.
         alike: Whether batches are of like length (:func:`batches`); where rows cannot be packed, when omitted.
-        scale: Learning rates that are looked for are so many times those for Adam on a matrix itself.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
@@ -424,7 +422,7 @@ def train(
         mixed=mixed,
         alike=not logits.packed if alike is None else alike,
         trainee=trainee,
-        width=max(matrix.shape[1] for matrix in matrices) / scale,
+        width=max(matrix.shape[1] for matrix in matrices),
         batch_size=batch_size,
         seed=seed,
         stop_loss=stop_loss,
