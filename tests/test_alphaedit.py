@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from families import tiny_model
-from reference import random_factor, relative
-from test_memit import CPU, EDITS, moment, problem_for, prompter_for, random, run
 
 from crispedit.editors._locate import closed_form
 from crispedit.editors.alphaedit import Config, NullSpace
@@ -14,6 +11,9 @@ from crispedit.factors import Factors
 from crispedit.models import frozen
 from crispedit.moments import Sketch
 from crispedit.precision import float32_masters
+from families import tiny_model
+from reference import random_factor, relative
+from test_memit import CPU, EDITS, moment, problem_for, prompter_for, random, run
 
 SPECTRUM = torch.cat([torch.tensor([50.0, 20.0, 5.0, 1.0]), torch.full((20,), 0.01)])
 

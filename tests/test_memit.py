@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import curvature_of
-from families import CHATML, LLAMA_3, tiny_model, tiny_tokenizer
-from reference import relative
 
+from builders import curvature_of
 from crispedit.editing import edit
 from crispedit.editors import _values
 from crispedit.editors._activations import at_last_tokens
@@ -25,6 +23,8 @@ from crispedit.moments import Sketch
 from crispedit.precision import float32_masters
 from crispedit.progress import no_progress
 from crispedit.rows import Prompter
+from families import CHATML, LLAMA_3, tiny_model, tiny_tokenizer
+from reference import relative
 
 EDITS = [
     Edit(prompt="Who is the mayor of Rome?", target="Bo", subject="Rome", row=1),

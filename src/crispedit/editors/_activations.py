@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..models import EditMatrix, decoder_blocks
 from ..texts import pad, token_groups
 
@@ -46,6 +47,9 @@ def run_to_block(model: Any, layer: int, given: dict[str, Any], matrices: Sequen
 
     Returns:
         What was seen.
+
+    Raises:
+        ModelError: The model does not run the block.
     """
     seen = Seen()
 
@@ -69,7 +73,7 @@ def run_to_block(model: Any, layer: int, given: dict[str, Any], matrices: Sequen
             model(**given)
         except _Seen:
             return seen
-    raise AssertionError(f"block {layer} was never run")
+    raise ModelError(f"{type(model).__name__} does not run its block {layer}")
 
 
 def at_last_tokens(model: Any, layer: int, rows: Sequence[Sequence[int]], matrix: EditMatrix | None = None) -> Tensor:

@@ -144,7 +144,8 @@ def subject_keys(model: Any, matrix: EditMatrix, edits: Sequence[Asked]) -> Tens
         (edits, d_in) float32.
     """
     rows = [row.until_subject for edit in edits for row in edit.rows]
-    keys = at_last_tokens(model, matrix.layer, rows, matrix).unflatten(0, (len(edits), -1))
+    every = at_last_tokens(model, matrix.layer, rows, matrix)
+    keys = every.view(len(edits), -1, every.shape[1])
     return keys[:, 0] if keys.shape[1] == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2
 
 
