@@ -22,6 +22,7 @@ from ..moments import ROUNDING, Moment, Sketch
 from ._locate import LocateConfig, edit_rounds
 from .base import EditProblem, Presets, Round
 
+LIFT = 0.0
 WEIGHT = 1.0
 """λ of ``auto``, in parts of d_in."""
 
@@ -76,6 +77,7 @@ class InverseMoment:
             C = moment.to(device).double()
             C = (C + C.T) / 2
             C.diagonal().add_(ROUNDING * float(C.norm()))  # sums are float32: less than that is noise
+            C.diagonal().add_((LIFT or 0) * float(C.trace()) / len(C))
             self.factor = torch.linalg.cholesky(C)
 
     def times(self, keys: Tensor) -> Tensor:
