@@ -57,7 +57,7 @@ class ValueConfig(EditorConfig):
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     steps: Annotated[int, Field(ge=1)] = 25
-    clamp: Annotated[float, Field(gt=0)] = 0.75
+    clamp: Annotated[float, Field(gt=0)] = 1.5
     weight_decay: Annotated[float, Field(ge=0)] = 0.5
     kl: Annotated[float, Field(ge=0)] = 0.0625
     value_loss: Annotated[float, Field(ge=0)] = 0.05

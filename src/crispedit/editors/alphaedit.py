@@ -29,7 +29,7 @@ from ..threshold import Threshold
 from ._locate import LocateConfig, edit_rounds
 from .base import EditProblem, Presets, Round
 
-RIDGE = 0.1
+RIDGE = 0.5
 """L2 of ``auto``, in parts of the mean ‖P k‖²."""
 _PAPER = {"lr": 0.1, "clamp": 0.75, "weight_decay": 0.5, "threshold": 2e-2, "round_size": 100, "eos": False}
 
@@ -50,7 +50,7 @@ class Config(LocateConfig):
         "easyedit-qwen": {**_PAPER, "lr": 0.5, "clamp": 4, "weight_decay": 1e-3, "l2": 1},
     }
 
-    energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.99
     threshold: Annotated[float, Field(gt=0)] | None = None
     l2: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     round_size: Annotated[int, Field(ge=1)] | None = 100

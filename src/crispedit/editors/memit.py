@@ -22,8 +22,7 @@ from ..moments import ROUNDING, Moment, Sketch
 from ._locate import LocateConfig, edit_rounds
 from .base import EditProblem, Presets, Round
 
-LIFT = 0.0
-WEIGHT = 1.0
+WEIGHT = 0.3
 """λ of ``auto``, in parts of d_in."""
 
 
@@ -76,8 +75,7 @@ class InverseMoment:
         else:
             C = moment.to(device).double()
             C = (C + C.T) / 2
-            C.diagonal().add_(ROUNDING * float(C.norm()))  # sums are float32: less than that is noise
-            C.diagonal().add_((LIFT or 0) * float(C.trace()) / len(C))
+            C.diagonal().add_(torch.finfo(torch.float32).eps * float(C.norm()))  # what float32 sums cannot know
             self.factor = torch.linalg.cholesky(C)
 
     def times(self, keys: Tensor) -> Tensor:
