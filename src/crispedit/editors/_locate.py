@@ -165,13 +165,12 @@ def closed_form(keys: Tensor, wanted: Tensor, freedom: Freedom, earlier: Tensor 
     free = freedom.times(every)
     system = every.T @ free
     system = (system + system.T) / 2
-    system.diagonal().add_(freedom.ridge(keys))
+    ridge, largest = freedom.ridge(keys), float(system.diagonal().max())
+    system.diagonal().add_(ridge)
     targets = torch.cat([wanted.new_zeros(len(wanted), every.shape[1] - keys.shape[1]), wanted], 1)
-    # least squares: two edits of one prompt, or a μ of next to nothing, leave the system singular
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if int(failed) == 0:
-        weights = torch.cholesky_solve(targets.T, factor).T
-    else:
+    if ridge > 10 * len(system) * torch.finfo(system.dtype).eps * largest:
+        weights = torch.cholesky_solve(targets.T, torch.linalg.cholesky(system)).T
+    else:  # next to no ridge: edits with keys that depend on each other leave the system singular
         weights = targets @ torch.linalg.pinv(system, hermitian=True)
     return weights @ free.T
 
