@@ -256,28 +256,33 @@ def whole_logits(model: Any, batch: RowBatch) -> Tensor:
     Returns:
         (targets, vocabulary), in the model's dtype.
     """
-    logits: Tensor = model(**batch.of(model)).logits
+    return _at_targets(model(**batch.of(model)).logits, batch)
+
+
+def _at_targets(logits: Tensor, batch: RowBatch) -> Tensor:
     return logits.flatten(0, 1)[batch.positions.to(logits.device)][batch.predicted_at.to(logits.device)]
 
 
-def target_logits(model: Any, batch: RowBatch) -> Tensor:
+def target_logits(model: Any, batch: RowBatch, given: dict[str, Any] | None = None) -> Tensor:
     """Logits at the positions of a batch that carry loss.
 
     Args:
         model: A causal LM.
         batch: Rows, on the device of the model's embeddings.
+        given: What the model is called with; :meth:`RowBatch.of` when omitted.
 
     Returns:
         (targets, vocabulary), in the model's dtype.
     """
+    given = batch.of(model) if given is None else given
     head = model.get_output_embeddings()
     if head is None:
-        return whole_logits(model, batch)
+        return _at_targets(model(**given).logits, batch)
     with ExitStack() as hooks:
         hooks.enter_context(_only_at(head, batch.positions, scatter=False))
         if (mlp := _last_mlp(model)) is not None:
             hooks.enter_context(_only_at(mlp, batch.positions, scatter=True))
-        logits: Tensor = model(**batch.of(model)).logits
+        logits: Tensor = model(**given).logits
     return logits[0].index_select(0, batch.predicted_at.to(logits.device))
 
 

@@ -394,7 +394,7 @@ class _Record:
         device = self.matrix.parameter.device
         with ExitStack() as patches:
             for block in self.below:
-                patches.enter_context(_forward(block, self._nothing))
+                patches.enter_context(calling(block, self._nothing))
             if self.start == "matrix":
 
                 def replayed(*_: Any, **__: Any) -> Any:
@@ -403,7 +403,7 @@ class _Record:
                         hidden = module(hidden)
                     return self._as_output(padded(self.rests[tokens].to(device) + hidden))
 
-                patches.enter_context(_forward(self.block, replayed))
+                patches.enter_context(calling(self.block, replayed))
             else:
                 patches.enter_context(_input(self.block, lambda: padded(self.inputs[tokens].to(device))))
             return target_logits(model, batch)
@@ -432,7 +432,7 @@ def _run_until_recorded(model: Any, batch: RowBatch, handles: list[Any]) -> None
 
 
 @contextmanager
-def _forward(module: nn.Module, function: Any) -> Iterator[None]:
+def calling(module: nn.Module, function: Any) -> Iterator[None]:
     """Within, a module's forward is another function (accelerate may have put one of its own there)."""
     own = module.__dict__.get("forward")
     module.forward = function

@@ -82,12 +82,26 @@ class Prompter:
         Raises:
             EditsError: Several turns, and prompts do not go through a chat template.
         """
+        return tuple(self.encode(self.text(prompt), special=not self.chat))
+
+    def text(self, prompt: str | Turns) -> str:
+        """What :meth:`prompt` turns into tokens: the prompt itself, or the rendered conversation before the answer.
+
+        Args:
+            prompt: As there.
+
+        Returns:
+            The text.
+
+        Raises:
+            EditsError: Several turns, and prompts do not go through a chat template.
+        """
         turns = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if self.chat:
-            return tuple(self._encode(self._render(turns, answer=None), special=False))
+            return self._render(turns, answer=None)
         if len(turns) > 1:
             raise EditsError("a conversation of several turns needs a chat template; this model's prompts have none")
-        return tuple(self._encode(turns[0][1], special=True))
+        return turns[0][1]
 
     def row(self, edit: Edit) -> EditRow:
         """The training row of an edit.
@@ -104,10 +118,10 @@ class Prompter:
         prompt = self.prompt(edit.turns or edit.prompt)
         end = [self._turn_end] if self.eos and self._turn_end is not None else []
         if self.chat:
-            ids = [*prompt, *self._encode(edit.target, special=False), *end]
+            ids = [*prompt, *self.encode(edit.target, special=False), *end]
         else:
             text = edit.turns[-1][1] if edit.turns else edit.prompt
-            ids = self._encode(f"{text} {edit.target}", special=True)
+            ids = self.encode(f"{text} {edit.target}", special=True)
             ids += end
             # the tokens of the prompt are those it shares with the whole: a target may merge with its end
             shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
@@ -137,7 +151,8 @@ class Prompter:
                 )
         return rows
 
-    def _encode(self, text: str, *, special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens (but no EOS) or without."""
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if special and ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text themselves
             ids.pop()
@@ -160,7 +175,7 @@ class Prompter:
         """The token that ends an assistant's turn: the first special one after an answer, else EOS."""
         marker = "Zq7"
         rest = self._render([("user", "Hello")], answer=marker).rpartition(marker)[2]
-        ids, added = self._encode(rest, special=False), self.tokenizer.added_tokens_decoder
+        ids, added = self.encode(rest, special=False), self.tokenizer.added_tokens_decoder
         # not all_special_ids: it leaves out those with no role, such as Phi-3's <|end|>
         special = [i for i in ids if i in added and added[i].special]
         return next(iter(special + [i for i in ids if i in added]), self.tokenizer.eos_token_id)
