@@ -28,14 +28,14 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "crispedit-seq": {"energy": (0.8, 0.9, 0.97), "layers": ("1-5", "3-5", "3-7")},
     "locbf-ft": {"lr": ("auto", 1e-3, 3e-3), "layers": ("3", "5", "6")},
     "adam-nscl": {"energy": (0.5, 0.7, 0.9), "layers": ("1-5", "3-5", "3-7")},
-    "lora": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query,value", "down", "query,value,down")},
-    "lora:adalora": {"lr": ("auto", 3e-3, 1e-2), "parts": ("query,value", "down", "query,value,down")},
-    "lora:osf": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query,value", "down", "query,value,down")},
-    "lora:corda": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query,value", "down", "query,value,down")},
-    "memit": {"mom2_weight": (57.6, 576, 5760), "clamp": (0.75, 2, 4)},
-    "alphaedit": {"energy": (0.5, 0.9, 0.97), "clamp": (0.75, 2, 4)},
+    "lora": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down")},
+    "lora:adalora": {"lr": ("auto", 3e-3, 1e-2), "parts": ("query+value", "down", "query+value+down")},
+    "lora:osf": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down")},
+    "lora:corda": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down")},
+    "memit": {"mom2_weight": (57.6, 172.8, 576), "clamp": (0.75, 1.5, 4)},
+    "alphaedit": {"energy": (0.9, 0.99, 0.999), "clamp": (0.75, 1.5, 4)},
     "ultraedit": {"strength": (1, 2, 4), "round_size": (100, 300, 1000)},
-    "mend": {"edit_weight": (0.03, 0.1, 0.3), "round_size": (1, 10, 100)},
+    "mend": {"edit_weight": (0.03, 0.1, 0.3), "steps": (200, 400, 800)},
 }
 """By editor, the two settings and their values."""
 
@@ -51,8 +51,7 @@ def search(args: argparse.Namespace, editor: str) -> Comparison:
     """All nine rows of an editor."""
     sweeps = []
     for name, values in GRIDS[editor].items():
-        texts = [value.replace(",", "+") if isinstance(value, str) else str(value) for value in values]
-        sweeps.append(f"{name}={','.join(texts)}")
+        sweeps.append(f"{name}={','.join(map(str, values))}")
     job = CompareJob(
         model=args.model,
         edits=args.edits,

@@ -90,8 +90,8 @@ class Config(GradientConfig):
     @field_validator("parts", mode="before")
     @classmethod
     def _listed(cls, given: Any) -> Any:
-        """``query,value`` of a command line as a list."""
-        return given.split(",") if isinstance(given, str) else given
+        """``query,value`` of a command line as a list; in a sweep, where commas are between values, ``query+value``."""
+        return given.replace("+", ",").split(",") if isinstance(given, str) else given
 
     def needs_texts(self) -> bool:
         """For CorDA's covariance."""
