@@ -29,7 +29,7 @@ from ..threshold import Threshold
 from ._locate import LocateConfig, edit_rounds
 from .base import EditProblem, Presets, Round
 
-RIDGE = 0.5
+RIDGE = 1.0
 """L2 of ``auto``, in parts of the mean ‖P k‖²."""
 _PAPER = {"lr": 0.1, "clamp": 0.75, "weight_decay": 0.5, "threshold": 2e-2, "round_size": 100, "eos": False}
 

@@ -8,7 +8,7 @@ that edits in rounds in the AlphaEdit paper, arXiv 2410.02355.)
 
 What λ means: a key k has the leverage kᵀ C⁻¹ k, which is d_in on average over the tokens that C is of. Alone, an edit
 comes to leverage / (λ + leverage) of what it wants from a layer; the published 15000 is about d_in (14336 in LLaMA-3,
-16384 in GPT-J), and ``auto`` is a multiple of d_in.
+16384 in GPT-J), and ``auto`` is d_in.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from ..moments import ROUNDING, Moment, Sketch
 from ._locate import LocateConfig, edit_rounds
 from .base import EditProblem, Presets, Round
 
-WEIGHT = 0.3
+WEIGHT = 1.0
 """λ of ``auto``, in parts of d_in."""
 
 
