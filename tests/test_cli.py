@@ -73,6 +73,13 @@ def test_an_editors_settings_are_given_by_name_and_recorded(work, capsys):
     assert weights(work / "one") == weights(work / "two")
 
 
+def test_an_editor_with_layers_of_its_own_is_repeated_in_those(work):
+    """Gates of some blocks and up-projections of others: the list of both is not what was given."""
+    program("edit", "bundled", "edits.json", "--out", "one", "--editor", "ultraedit", "--texts", "texts.txt")
+    program("edit", "--rerun", "one", "--out", "two")
+    assert weights(work / "one") == weights(work / "two")
+
+
 def test_the_editors_are_listed_with_their_settings(work, capsys):
     from crispedit.editors import editor_names
 

@@ -140,7 +140,7 @@ class EditJob:
         record = read_json(path / "crispedit.json" if path.is_dir() else path)
         try:
             job, settings = record["job"], dict(record["settings"])
-            layers = ",".join(map(str, settings.pop("layers")))
+            settings.pop("layers")  # those that were edited; an editor's default may be no list for all its matrices
             return cls(
                 model=model or record["model"]["name"],
                 edits=edits or job["edits"],
@@ -148,7 +148,7 @@ class EditJob:
                 curvature=curvature or (Path(job["curvature"]) if job["curvature"] and not texts else None),
                 texts=texts or (Path(job["texts"]) if job["texts"] else None),
                 samples=job["samples"],
-                layers=layers,
+                layers=job["layers"],
                 seed=settings.pop("seed"),
                 chat=settings.pop("chat"),
                 settings=settings,
@@ -222,6 +222,7 @@ class EditJob:
             "edits": self.edits,
             "limit": self.limit,
             "conflicts": self.conflicts,
+            "layers": self.layers,
             "train_edits": self.train_edits,
             "curvature": self.curvature and str(self.curvature),
             "texts": self.texts and str(self.texts),
