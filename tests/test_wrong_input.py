@@ -85,6 +85,7 @@ CASES = {
     "unknown editor": (EDIT + "--editor crispedt", "did you mean 'crispedit'?"),
     "unknown preset": (EDIT + "--editor crispedit:publisht", "no preset 'publisht' (did you mean 'published'?)"),
     "preset of an editor that has none like it": (EDIT + "--editor ft:rank8", "it has published"),
+    "rounds without a subspace": (EDIT + "--editor crispedit-seq --energy 0", "energy is 0"),
     "setting without a value": (EDIT + "--set lr", "--set is 'lr'; it must be NAME=VALUE"),
     "setting of no name": (EDIT + "--set 3=4", "--set is '3=4'"),
     "setting that does not fit": (EDIT + "--set update=sideways", "update is 'sideways'"),

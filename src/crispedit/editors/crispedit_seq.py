@@ -8,7 +8,9 @@ Algorithm 2.)
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from ..curvature import merge
 from ._gradient import PUBLISHED, RoundsConfig, train_rounds
@@ -17,9 +19,15 @@ from .crispedit import Config as BatchConfig
 
 
 class Config(RoundsConfig, BatchConfig):
-    """Settings of CrispEdit and of rounds."""
+    """Settings of CrispEdit and of rounds.
+
+    Args:
+        energy: γ, the share of the curvature that the excluded directions hold; without any it would be ``ft-seq``.
+    """
 
     presets: ClassVar[Presets] = {"published": {**PUBLISHED, **BatchConfig.presets["published"]}}
+
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
     def subspace(self, *_: Any) -> None:
         """None: every round has its own, and what rounds add up to lies in none of them."""
