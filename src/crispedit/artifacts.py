@@ -1,15 +1,18 @@
-"""Directories and JSON files that are written whole or not at all."""
+"""Directories, JSON files and files of tensors that are written whole or not at all."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError
+
+if TYPE_CHECKING:  # the command line needs this module before it knows whether it needs torch
+    from torch import Tensor
 
 
 def check_writable(directory: Path, *, overwrite: bool = False) -> None:
@@ -111,6 +114,34 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", about: Mapping[str, str], what: str) -> None:
+    """Writes tensors under a temporary name, to the disk, and renames the file: a kill leaves the one before.
+
+    Args:
+        path: The safetensors file; its directory is created.
+        tensors: On the CPU.
+        about: Metadata.
+        what: What they are, for a message.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), temporary, metadata=dict(about))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ArtifactError(f"cannot write {what} to '{path}': {error}") from error
 
 
 def read_json(path: Path) -> Any:

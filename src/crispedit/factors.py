@@ -19,19 +19,18 @@ with the same result bit for bit.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .artifacts import write_tensors
 from .errors import ArtifactError, NumericsError, check_choice
 from .models import EditMatrix, frozen
 from .moments import Kind, Moment, MomentSum, moment_of, weighted_sum
@@ -202,17 +201,7 @@ class _State:
                 tensors |= {f"{name}/{side}/{part}": t.cpu() for part, t in moment.state().items()}
         tokens = next(iter(self.sums.values())).num_tokens
         about = {"key": key, "done": str(self.done), "tokens": str(tokens)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata=about)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise ArtifactError(f"cannot write the state of the curvature pass to '{path}': {error}") from error
+        write_tensors(path, tensors, about, "the state of the curvature pass")
 
     def try_to_save(self, path: Path, key: str) -> bool:
         """As :meth:`save`; where it cannot be written, the pass is none the worse for it."""

@@ -179,17 +179,3 @@ def answer_edits(
         given[context] = [answer.text for answer in found]
         items[context] = score_items(asked, given[context], judge, base[context] if base else None)
     return items, given
-
-
-def evaluate_edits(
-    model: Any,
-    prompter: Prompter,
-    edits: Sequence[Edit],
-    *,
-    judge: Judge = exact,
-    base: dict[str, list[str]] | None = None,
-    progress: Progress = no_progress,
-) -> tuple[dict[str, Scores], dict[str, list[str]]]:
-    """Scores by context in percent, and the answers by context; for the arguments see :func:`answer_edits`."""
-    items, given = answer_edits(model, prompter, edits, judge=judge, base=base, progress=progress)
-    return {context: mean_scores(of_context) for context, of_context in items.items()}, given

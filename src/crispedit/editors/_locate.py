@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..curvature import Curvature
 from ..errors import ModelError
 from ..models import EditMatrix, decoder_blocks, edit_matrices
 from ..training import Trace
@@ -79,23 +80,24 @@ class Freedom(Protocol):
 
 
 def edit_rounds(
-    problem: EditProblem, config: LocateConfig, freedom_of: Callable[[EditMatrix], Freedom], *, memory: bool
+    problem: EditProblem, config: LocateConfig, freedom_of: Callable[[Curvature, EditMatrix], Freedom], *, memory: bool
 ) -> Iterator[Round]:
     """Edits round by round.
 
     Args:
         problem: What is to be edited.
         config: Settings.
-        freedom_of: Gives S of a matrix; asked once for each.
+        freedom_of: Gives S of a matrix by the curvature; asked once for each.
         memory: Whether later rounds keep what keys of earlier ones give.
 
     Yields:
         One round after the other.
     """
-    model, matrices = problem.model, problem.matrices
+    assert problem.curvature is not None
+    model, matrices, curvature = problem.model, problem.matrices, problem.curvature
     layer = matrices[-1].layer
     contexts = sampled_contexts(model, problem.prompter, config.contexts, problem.seed)
-    freedoms = {matrix.name: freedom_of(matrix) for matrix in matrices}
+    freedoms = {matrix.name: freedom_of(curvature, matrix) for matrix in matrices}
     earlier: dict[str, Tensor] = {}
     for chosen in problem.rounds(config.round_size):
         edits = asked(model, problem.prompter, [problem.edits[index] for index in chosen], contexts)

@@ -9,20 +9,17 @@ that the gradient in φ is exact with one backward pass. (MEND, arXiv 2110.11309
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..artifacts import check_writable, read_json, write_json
+from ..artifacts import check_writable, read_json, write_json, write_tensors
 from ..edits import Edit
 from ..errors import ArtifactError, ConfigError, NumericsError
 from ..forward import RowBatch, collate, target_logits
@@ -287,16 +284,7 @@ class Meta:
             ArtifactError: It cannot be written.
         """
         about = {"key": key, "step": str(self.step), "history": json.dumps(self.history)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(self.tensors(), temporary, metadata=about)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise ArtifactError(f"cannot write the hypernetwork to '{path}': {error}") from error
+        write_tensors(path, self.tensors(), about, "the hypernetwork")
 
     def restore(self, path: Path, key: str) -> bool:
         """Goes back to what :meth:`save` wrote of the same training; ``False`` where there is no such file."""

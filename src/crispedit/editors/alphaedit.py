@@ -23,6 +23,7 @@ from torch import Tensor
 from ..curvature import Curvature
 from ..description import leading_spectrum
 from ..errors import ConfigError
+from ..models import EditMatrix
 from ..spectrum import Spectrum
 from ..subspace import Subspace
 from ..threshold import Threshold
@@ -124,10 +125,8 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     Yields:
         One round after the other.
     """
-    curvature = problem.curvature
-    assert curvature is not None
 
-    def freedom_of(matrix: Any) -> NullSpace:
+    def freedom_of(curvature: Curvature, matrix: EditMatrix) -> NullSpace:
         return NullSpace(config.subspace(curvature, matrix.name), config.l2, matrix.parameter.device)
 
     yield from edit_rounds(problem, config, freedom_of, memory=True)

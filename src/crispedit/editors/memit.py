@@ -18,6 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..curvature import Curvature
+from ..models import EditMatrix
 from ..moments import ROUNDING, Moment, Sketch
 from ._locate import LocateConfig, edit_rounds
 from .base import EditProblem, Presets, Round
@@ -103,10 +105,8 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     Yields:
         One round after the other.
     """
-    curvature = problem.curvature
-    assert curvature is not None
 
-    def freedom_of(matrix: Any) -> InverseMoment:
+    def freedom_of(curvature: Curvature, matrix: EditMatrix) -> InverseMoment:
         weight = WEIGHT * matrix.shape[1] if config.mom2_weight == "auto" else config.mom2_weight
         return InverseMoment(curvature.factors[matrix.name].A, weight, matrix.parameter.device)
 
