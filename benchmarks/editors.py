@@ -6,9 +6,7 @@
 A comparison in which one method was tuned and others were not says nothing. Every editor gets nine settings here, on
 the bundled model and edits that the comparison itself does not use (``bundled:eval``, ``--limit`` of them), the same
 protocol, the same seed. What counts is the mean of three: edit success (reliability and generalization), locality, and
-the share of the base model's abilities that is left.
-
-protocol, the same seed. What counts is the mean of three: edit success (reliability and generalization), locality, and
+the share of the base model's abilities that is left. ``--model``, ``--edits``, ``--texts`` and ``--train-edits`` name
 another model that ``crispedit.bundled.train`` has made.
 """
 
