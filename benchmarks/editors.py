@@ -19,23 +19,25 @@ from crispedit.comparing import CompareJob
 from crispedit.console import progress_bars
 from crispedit.tradeoff import Comparison, Row, measures
 
+ROUNDS = {"round_size": (25,)}  # of the hundred edits: four, as a hundred are of four hundred
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "ft": {"lr": ("auto", 1e-3, 3e-3), "layers": ("1-5", "3-5", "3-7")},
     "crispedit": {"energy": (0.8, 0.9, 0.97), "layers": ("1-5", "3-5", "3-7")},
-    "ft-seq": {"lr": ("auto", 1e-3, 3e-3), "layers": ("1-5", "3-5", "3-7")},
-    "crispedit-seq": {"energy": (0.8, 0.9, 0.97), "layers": ("1-5", "3-5", "3-7")},
+    "ft-seq": {"lr": ("auto", 1e-3, 3e-3), "layers": ("1-5", "3-5", "3-7"), **ROUNDS},
+    "crispedit-seq": {"energy": (0.8, 0.9, 0.97), "layers": ("1-5", "3-5", "3-7"), **ROUNDS},
     "locbf-ft": {"lr": ("auto", 1e-3, 3e-3), "layers": ("3", "5", "6")},
     "adam-nscl": {"energy": (0.5, 0.7, 0.9), "layers": ("1-5", "3-5", "3-7")},
     "lora": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down")},
     "lora:adalora": {"lr": ("auto", 3e-3, 1e-2), "parts": ("query+value", "down", "query+value+down")},
     "lora:osf": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down")},
     "lora:corda": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down")},
+    "lora-seq": {"lr": ("auto", 1e-3, 3e-3), "parts": ("query+value", "down", "query+value+down"), **ROUNDS},
     "memit": {"mom2_weight": (57.6, 172.8, 576), "clamp": (0.75, 1.5, 4)},
     "alphaedit": {"energy": (0.9, 0.99, 0.999), "clamp": (0.75, 1.5, 4)},
     "ultraedit": {"strength": (1, 2, 4), "round_size": (100, 300, 1000)},
     "mend": {"edit_weight": (0.03, 0.1, 0.3), "steps": (200, 400, 800)},
 }
-"""By editor, the two settings and their values."""
+"""By editor, the two settings and their values, and what all nine have in common."""
 
 
 def score(row: Row, base: Row) -> float:
