@@ -2,20 +2,23 @@
 
     python benchmarks/editors.py --out out/search
     python benchmarks/editors.py --out out/search --editors crispedit memit --json search.json
+    python benchmarks/editors.py --out out/search --confirm out/confirmed
 
 A comparison in which one method was tuned and others were not says nothing. Every editor gets nine settings here, on
 the bundled model and edits that the comparison itself does not use (``bundled:eval``, ``--limit`` of them), the same
 protocol, the same seed. What counts is the mean of three: edit success (reliability and generalization), locality, and
 the share of the base model's abilities that is left. ``--model``, ``--edits``, ``--texts`` and ``--train-edits`` name
-another model that ``crispedit.bundled.train`` has made.
+another model that ``crispedit.bundled.train`` has made. ``--confirm`` then compares the editors on edits that nothing
+was chosen on (``--confirm-edits``), each at the best of its settings, as ``crispedit compare`` does.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crispedit.artifacts import write_json
-from crispedit.comparing import CompareJob
+from crispedit.comparing import TABLE, CompareJob, write_comparison
 from crispedit.console import progress_bars
 from crispedit.tradeoff import Comparison, Row, measures
 
@@ -47,23 +50,29 @@ def score(row: Row, base: Row) -> float:
     return (found["success"].value + found["locality"].value + kept) / 3
 
 
-def search(args: argparse.Namespace, editor: str) -> Comparison:
-    """All nine rows of an editor."""
-    sweeps = []
-    for name, values in GRIDS[editor].items():
-        sweeps.append(f"{name}={','.join(map(str, values))}")
+def compare(args: argparse.Namespace, editor: str, settings: Mapping[str, Sequence[Any]], **where: Any) -> Comparison:
+    """The rows of an editor, one for every combination of settings."""
     job = CompareJob(
         model=args.model,
-        edits=args.edits,
         editors=editor,
-        out=args.out,
-        sweeps=sweeps,
+        sweeps=[f"{name}={','.join(map(str, values))}" for name, values in settings.items()],
         texts=args.texts,
-        limit=args.limit,
         train_edits=args.train_edits,
+        **where,
     )
     with progress_bars() as progress:
         return job.run(progress=progress)
+
+
+def confirm(args: argparse.Namespace, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Every editor at the best of its settings, on other edits; rounds are again of the default size."""
+    where = {"out": args.confirm, "edits": args.confirm_edits}
+    compare(args, "crispedit,ft", {}, **where)  # the defaults, to see what the search was worth
+    for editor, rows in found.items():
+        best = {name: value for name, value in rows[0]["settings"].items() if name not in ROUNDS}
+        comparison = compare(args, editor, {name: (value,) for name, value in best.items()}, **where)
+    write_comparison(comparison, args.confirm)
+    print(f"the editors at their best settings on {args.confirm_edits}: {args.confirm / TABLE}")
 
 
 def main() -> None:
@@ -77,10 +86,12 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--confirm", type=Path, metavar="DIR", help="compare the editors at their best settings")
+    parser.add_argument("--confirm-edits", default="bundled:demo")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
     for editor in args.editors:
-        comparison = search(args, editor)
+        comparison = compare(args, editor, GRIDS[editor], out=args.out, edits=args.edits, limit=args.limit)
         base, *rows = comparison.rows
         own = [row for row in rows if row.editor == editor and row.given.keys() == GRIDS[editor].keys()]
         ranked = sorted((row for row in own if row.done), key=lambda row: -score(row, base))
@@ -100,6 +111,8 @@ def main() -> None:
             print(f"  {row['settings']}: {numbers or row['failed']}", flush=True)
     if args.json is not None:
         write_json(args.json, found)
+    if args.confirm is not None:
+        confirm(args, found)
 
 
 if __name__ == "__main__":
