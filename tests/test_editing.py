@@ -96,7 +96,7 @@ def test_what_is_saved_is_an_ordinary_model_that_answers_the_same(result, tmp_pa
 
 def test_a_saved_delta_is_put_onto_its_base(result, tmp_path):
     directory = result.save(tmp_path / "delta", form="delta")
-    assert {path.name for path in directory.iterdir()} == {"delta.safetensors", "crispedit.json"}
+    assert {path.name for path in directory.iterdir()} == {"patch.safetensors", "crispedit.json"}
     again = load_edited(str(directory))
     for matrix in edit_matrices(again.model, result.settings["layers"]):
         original = load_model("bundled").model.state_dict()[matrix.name]

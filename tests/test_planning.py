@@ -108,7 +108,7 @@ def test_what_each_setting_saves():
     known = dataclasses.replace(WORK, halves=[], known=True)  # no pass over texts that leaves memory behind
     saved = [stages(planned(work=known, save=form))["save"] for form in ("model", "delta")]
     assert saved[0] - saved[1] == WEIGHTS  # the second model
-    assert planned(save="delta").disk["change"] == 4 * 3 * 2048 * 8192
+    assert planned(save="delta").disk["patch"] == 4 * 3 * 2048 * 8192
     assert whole["edit"] - stages(planned(mapped=True))["edit"] == RECORDED
     assert planned(mapped=True).disk["recorded states, temporary"] == RECORDED
 

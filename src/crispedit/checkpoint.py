@@ -1,4 +1,4 @@
-"""Edited models on disk: an ordinary Hugging Face directory, or only what changed.
+"""Edited models on disk: an ordinary Hugging Face directory, or only the patch that makes it of its base.
 
 Both forms hold ``crispedit.json``, from which the run can be repeated. Tensors are safetensors; nothing
 is unpickled.
@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .artifacts import check_space, read_json, write_json
 from .errors import ArtifactError, EditFailed, ModelError
-from .models import EditMatrix, LoadedModel, edit_matrices, fingerprint, load_model, model_directory
+from .models import EditMatrix, LoadedModel, load_model, model_directory
+from .patch import Patch, apply_to
 
-RECORD, DELTA = "crispedit.json", "delta.safetensors"
+RECORD, PATCH = "crispedit.json", "patch.safetensors"
 Form = Literal["model", "delta"]
 
 
@@ -139,23 +139,6 @@ def check_room(model_name: str, directory: Path) -> None:
     check_space(directory, sum(file.stat().st_size for file in source.glob("*.safetensors")) if source.is_dir() else 0)
 
 
-def write_delta(deltas: Mapping[str, Tensor], directory: Path) -> None:
-    """Writes only what changed into an existing directory: ``delta.safetensors``, float32, (d_out, d_in) each.
-
-    Args:
-        deltas: ΔW by parameter name.
-        directory: Where the file goes.
-
-    Raises:
-        ArtifactError: There is too little room.
-    """
-    check_space(directory, sum(t.numel() * 4 for t in deltas.values()))
-    try:
-        save_file({name: delta.cpu().contiguous() for name, delta in deltas.items()}, directory / DELTA)
-    except SafetensorError as error:
-        raise ArtifactError(f"cannot write the change: {error}") from error
-
-
 def read_record(directory: str | Path) -> dict[str, Any] | None:
     """The ``crispedit.json`` of a directory, or ``None`` where there is none."""
     path = Path(directory) / RECORD
@@ -163,7 +146,7 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
 
 
 def load_edited(name: str, **options: Any) -> LoadedModel:
-    """Loads a model as :func:`crispedit.models.load_model` does; a saved delta is put onto its base.
+    """Loads a model as :func:`crispedit.models.load_model` does; a saved patch is put onto its base.
 
     Args:
         name: A model, or a directory written with ``--save delta``.
@@ -173,27 +156,18 @@ def load_edited(name: str, **options: Any) -> LoadedModel:
         The model.
 
     Raises:
-        ArtifactError: The delta is damaged.
+        ArtifactError: The patch is damaged, or does not name its base.
         ModelError: The base is not the one that was edited.
     """
     directory = Path(name)
-    if not (directory / DELTA).is_file():
+    if not (directory / PATCH).is_file():
         return load_model(name, **options)
-    record = read_record(directory)
-    if record is None:
-        raise ArtifactError(f"'{name}' has a {DELTA} and no {RECORD}; it is damaged")
-    if not record["model"]["name"]:
+    patch = Patch.read(directory / PATCH)
+    if not patch.about.get("model"):
         raise ArtifactError(f"'{name}' does not name the model it changes; edit with model_name=… to record it")
-    loaded = load_model(record["model"]["name"], **options)
-    if fingerprint(loaded.model) != record["model"]["fingerprint"]:
-        raise ModelError(
-            f"'{name}' changes '{record['model']['name']}', whose weights are now others than those edited"
-        )
+    loaded = load_model(patch.about["model"], **options)
     try:
-        deltas = load_file(directory / DELTA)
-    except SafetensorError as error:
-        raise ArtifactError(f"'{name}' is damaged: {error}") from error
-    for matrix in edit_matrices(loaded.model, record["settings"]["layers"]):
-        delta = deltas[matrix.name].to(matrix.parameter.device)
-        matrix.weight.copy_((matrix.weight.float() + delta).to(loaded.stored_dtype))  # as the model form has it
+        apply_to(loaded.model, patch, loaded.stored_dtype)
+    except ModelError as error:
+        raise ModelError(f"'{name}' changes '{patch.about['model']}', which is not as it was: {error}") from None
     return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, name=name, stored_dtype=loaded.stored_dtype)

@@ -54,6 +54,7 @@ from .models import (
     model_directory,
     parse_layers,
 )
+from .patch import StoredTensors
 from .progress import Progress, log, no_progress
 from .proof import logits_with
 from .rows import Prompter
@@ -454,10 +455,9 @@ def _base_logits(job: EditJob, result: EditResult) -> Logits:
     A second model would take as much memory again.
     """
     layers = parse_layers(job.layers) if job.layers is not None else None
-    matrices = configured(job.editor, job.settings)[1].matrices(result.model, layers)
-    originals = {
-        m.name: (m.weight.float() - result.delta[m.name].to(m.weight.device)).to(m.weight.dtype) for m in matrices
-    }
+    before = result.patch.reversed().applied(StoredTensors(result.model, result.stored_dtype))
+    matrices = [m for m in configured(job.editor, job.settings)[1].matrices(result.model, layers) if m.name in before]
+    originals = {m.name: m.as_weight(before[m.name]) for m in matrices}
     return logits_with(result.model, matrices, originals)
 
 

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from . import __version__
 from .artifacts import write_directory, write_json
-from .checkpoint import RECORD, Form, read_back, round_to, write_delta, write_model
+from .checkpoint import PATCH, RECORD, Form, read_back, round_to, write_model
 from .curvature import Curvature
 from .editors import configured
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
 from .errors import ConfigError, EditFailed, EditsError
 from .generation import Answer, Ids
-from .models import EditMatrix, context_length, fingerprint, frozen
+from .models import EditMatrix, context_length, fingerprint, frozen, tensor_fingerprints
+from .patch import Patch, StoredTensors
 from .precision import float32_masters
 from .progress import Progress, no_progress
 from .proof import (
@@ -58,17 +59,20 @@ class EditResult:
         model: The model, edited in place.
         tokenizer: Its tokenizer.
         delta: ΔW by parameter name, (d_out, d_in) float32, as the model has it: rounded to the stored dtype.
+        patch: The same exactly, bit for bit: what puts the edit on the stored model, and takes it off.
         metrics: Everything measured, JSON-ready; see :meth:`record`.
         examples: Some edits with full answers before and after.
         changes: Per matrix.
         settings: All settings of the run.
         provenance: Versions, model, edits, texts, curvature.
         notes: What the user should know about the edit set.
+        stored_dtype: The checkpoint's dtype.
     """
 
     model: Any
     tokenizer: Any
     delta: dict[str, Tensor]
+    patch: Patch
     metrics: dict[str, Any]
     examples: list[Example]
     changes: list[MatrixChange]
@@ -77,7 +81,7 @@ class EditResult:
     notes: list[str] = field(default_factory=list)
     _prompter: Prompter = field(repr=False)
     _asked: list[Question] = field(repr=False)
-    _dtype: torch.dtype = field(repr=False)
+    stored_dtype: torch.dtype
 
     def record(self) -> dict[str, Any]:
         """What ``crispedit.json`` holds: provenance, settings and metrics."""
@@ -86,11 +90,11 @@ class EditResult:
     def save(
         self, directory: str | Path, *, form: Form = "model", overwrite: bool = False, progress: Progress = no_progress
     ) -> Path:
-        """Writes the edited model (or only its delta), reads the model back, and checks that it is the same.
+        """Writes the edited model (or only its patch), reads the model back, and checks that it is the same.
 
         Args:
             directory: New or empty, unless ``overwrite``.
-            form: ``model`` or ``delta``.
+            form: ``model`` or ``delta`` (the patch).
             overwrite: Whether a directory that is not empty is replaced.
             progress: Called while models are asked.
 
@@ -107,9 +111,9 @@ class EditResult:
         directory = Path(directory)
         with write_directory(directory, overwrite=overwrite) as building:
             if form == "delta":
-                write_delta(self.delta, building)
+                self.patch.write(building / PATCH)
             else:
-                write_model(self.model, self.tokenizer, building, self._dtype)
+                write_model(self.model, self.tokenizer, building, self.stored_dtype)
                 started = time.monotonic()
                 self._check_written(building, progress)
                 self.metrics["seconds"]["reading_back"] = round(time.monotonic() - started, 2)
@@ -118,7 +122,7 @@ class EditResult:
 
     def _check_written(self, directory: Path, progress: Progress) -> None:
         """Refuses a written model with other tensors than the one in memory, or other answers."""
-        reloaded = read_back(self.model, directory, self._dtype)
+        reloaded = read_back(self.model, directory, self.stored_dtype)
         asked = spread(self._asked, CHECKED)
         # both in the same batches: in bfloat16, answers may depend on them
         with frozen(self.model):
@@ -220,6 +224,7 @@ def edit(
     dtype = stored_dtype or model.dtype
     with frozen(model):
         proved = _edit_and_prove(problem, module, config, asked, held_out, dtype)
+    about = {"model": provenance["model"]["name"], "editor": editor, "edits": provenance["edits"]}
     proved.metrics["seconds"] = {
         "curvature": round(curvature.seconds if curvature else 0.0, 2),
         **proved.metrics["seconds"],
@@ -229,6 +234,7 @@ def edit(
         model=model,
         tokenizer=tokenizer,
         delta=proved.delta,
+        patch=replace(proved.patch, about=about),
         metrics=proved.metrics,
         examples=examples(asked, proved.before, proved.after),
         changes=proved.changes,
@@ -237,15 +243,16 @@ def edit(
         notes=[*edit_set.notes, *proved.notes],
         _prompter=prompter,
         _asked=asked,
-        _dtype=dtype,
+        stored_dtype=dtype,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Proved:
-    """What an edit did: ΔW, its size per matrix, the answers before and after, and all that was measured."""
+    """What an edit did: ΔW, as numbers and as bits, its size per matrix, the answers before and after, all measures."""
 
     delta: dict[str, Tensor]
+    patch: Patch
     changes: list[MatrixChange]
     before: list[str]
     after: list[str]
@@ -276,6 +283,7 @@ def _edit_and_prove(
     began = time.monotonic()
     expected = expected_drafts(prompter, asked, "no_context")
     unknown = [q.kind != "locality" for q in asked]  # to the model as it is: targets would be tried in vain
+    base = tensor_fingerprints(StoredTensors(model, dtype))
     with _restoring(matrices) as originals:
         before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):
@@ -289,6 +297,8 @@ def _edit_and_prove(
             unrounded = answers([[*draft, answer.ids] for draft, answer in zip(expected, before, strict=True)])
             rounding = round_to(matrices, originals, dtype)
         delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
+        pairs = {m.name: (m.as_weight(originals[m.name]).to(dtype), m.parameter.data.to(dtype)) for m in matrices}
+        patch = Patch.of_changes(pairs, base, {})
         same = dtype == model.dtype == torch.float32  # nothing was rounded
         after = unrounded if same else answers([[answer.ids] for answer in unrounded])
         drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
@@ -308,7 +318,15 @@ def _edit_and_prove(
         "rounds": [{"num_edits": r.num_edits, **r.details} for r in rounds],
         "seconds": {"edit": round(seconds, 2), "proof": round(time.monotonic() - began - seconds, 2)},
     }
-    return _Proved(delta=delta, changes=changes, before=answered[0], after=answered[2], metrics=metrics, notes=notes)
+    return _Proved(
+        delta=delta,
+        patch=patch,
+        changes=changes,
+        before=answered[0],
+        after=answered[2],
+        metrics=metrics,
+        notes=notes,
+    )
 
 
 def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace]:

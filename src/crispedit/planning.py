@@ -572,7 +572,7 @@ class _Planner:
         work = self.work
         num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2
         if self.settings.save == "delta":
-            written = 4 * self.entries
+            written = work.stored_dtype.itemsize * self.entries
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
         # rounded to another dtype the weights are copied once to be written, and again to be asked
         converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
@@ -622,7 +622,11 @@ class _Planner:
         return Stage(name=name, num_bytes=int(num_bytes), flops=int(flops), seconds=seconds if self.speed else None)
 
     def _disk(self) -> dict[str, int]:
-        found = {"edited model": self.stored} if self.settings.save == "model" else {"change": 4 * self.entries}
+        found = (
+            {"edited model": self.stored}
+            if self.settings.save == "model"
+            else {"patch": self.work.stored_dtype.itemsize * self.entries}
+        )
         if self.work.halves:
             found["curvature, in the cache"] = self.factors
             found["state of its passes, temporary"] = 2 * self.factors
