@@ -36,6 +36,26 @@ def check_writable(directory: Path, *, overwrite: bool = False) -> None:
         raise ArtifactError(f"cannot write to '{parent}'; name a directory elsewhere")
 
 
+def check_writable_file(path: Path | None, option: str, *, overwrite: bool = True) -> None:
+    """Refuses a place where a file cannot be written, before any work is done.
+
+    Args:
+        path: The file; none is wanted when omitted.
+        option: What named it, for the message.
+        overwrite: Whether a file that is already there may be replaced.
+
+    Raises:
+        ArtifactError: It is a directory, or there already, or cannot be created.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ArtifactError(f"{option} '{path}' is a directory; name a file")
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"the file '{path}' exists; name another one or give --overwrite")
+    check_writable(path.parent, overwrite=True)
+
+
 def check_space(directory: Path, num_bytes: int) -> None:
     """Refuses a file system with less room than ``num_bytes`` and a tenth.
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .artifacts import check_space, read_json, write_json
-from .errors import ArtifactError, EditFailed, ModelError
-from .models import EditMatrix, LoadedModel, load_model, model_directory
+from .errors import ArtifactError, EditFailed, ModelError, check_choice
+from .models import DTYPES, EditMatrix, LoadedModel, load_model, model_directory
 from .patch import Patch, apply_to
 
 RECORD, PATCH = "crispedit.json", "patch.safetensors"
@@ -165,9 +165,14 @@ def load_edited(name: str, **options: Any) -> LoadedModel:
     patch = Patch.read(directory / PATCH)
     if not patch.about.get("model"):
         raise ArtifactError(f"'{name}' does not name the model it changes; edit with model_name=… to record it")
+    # as it was when it was edited: in another dtype weights may have been rounded; what is asked for comes afterwards
+    wanted, options["dtype"] = options.get("dtype", "auto"), patch.about["dtype"]
+    check_choice("dtype", wanted, ("auto", *DTYPES))
     loaded = load_model(patch.about["model"], **options)
     try:
         apply_to(loaded.model, patch, loaded.stored_dtype)
     except ModelError as error:
         raise ModelError(f"'{name}' changes '{patch.about['model']}', which is not as it was: {error}") from None
+    if wanted != "auto":
+        loaded.model.to(DTYPES[wanted])
     return LoadedModel(model=loaded.model, tokenizer=loaded.tokenizer, name=name, stored_dtype=loaded.stored_dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from . import patch_cli
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(patch_cli.app, name="patch")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")]
 Edits = Annotated[str, typer.Argument(help="A .json, .jsonl or .csv file of edits, or bundled:demo|eval|train.")]
@@ -548,13 +550,9 @@ def _settings(given: list[str]) -> dict[str, Any]:
 
 def _check_json(path: Path | None) -> None:
     """Refuses a --json file that cannot be written, before any work is done."""
-    if path is None:
-        return
-    from .artifacts import check_writable
+    from .artifacts import check_writable_file
 
-    if path.is_dir():
-        raise ConfigError(f"--json '{path}' is a directory; name a file")
-    check_writable(path.parent, overwrite=True)
+    check_writable_file(path, "--json")
 
 
 def _write_json(path: Path | None, value: Any) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from rich.console import Console
@@ -178,6 +179,30 @@ def print_curvature(curvature: Curvature) -> None:
         "crosses; overlap: how far they are the same (1 is all); transfer: the curvature of one half that the other "
         "half's cross holds. Where transfer is far below γ, more texts would help.",
         soft_wrap=True,
+    )
+
+
+def print_patch(name: str, manifest: dict[str, Any]) -> None:
+    """What a patch is for, and what it changes; ``manifest`` as :func:`crispedit.patch.read_manifest` gives it."""
+    parts = manifest["about"].get("stacked", [manifest["about"]])
+    print_table(
+        f"{name}: {len(parts)} patches in one" if len(parts) > 1 else name,
+        ["model", "editor", "edits", "from"],
+        [
+            [
+                part.get("model", "–"),
+                part.get("editor", f"the difference to {part['result']}" if "result" in part else "–"),
+                str(part.get("edits", {}).get("count", "–")),
+                part.get("edits", {}).get("source", "–"),
+            ]
+            for part in parts
+        ],
+    )
+    entries = {tensor: prod(shape) for tensor, shape in manifest["shapes"].items()}
+    print_table(
+        f"{len(entries)} of {len(manifest['base'])} tensors, {sum(entries.values()):,} weights",
+        ["changed", "shape", "stored as"],
+        [[tensor, " × ".join(map(str, manifest["shapes"][tensor])), manifest["dtypes"][tensor]] for tensor in entries],
     )
 
 

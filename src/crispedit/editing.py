@@ -224,7 +224,8 @@ def edit(
     dtype = stored_dtype or model.dtype
     with frozen(model):
         proved = _edit_and_prove(problem, module, config, asked, held_out, dtype)
-    about = {"model": provenance["model"]["name"], "editor": editor, "edits": provenance["edits"]}
+    edited = provenance["model"]
+    about = {"model": edited["name"], "dtype": edited["dtype"], "editor": editor, "edits": provenance["edits"]}
     proved.metrics["seconds"] = {
         "curvature": round(curvature.seconds if curvature else 0.0, 2),
         **proved.metrics["seconds"],

@@ -175,8 +175,10 @@ class Patch:
         )
         if not others:
             return
-        if self.changes.keys() >= set(others) and all(exact.get(name) == self.after[name] for name in self.changes):
-            raise ModelError("the patch is on this model already")
+        if all(exact.get(name) == self.after[name] for name in self.changes):
+            others = [name for name in others if name not in self.changes]
+            if not others:
+                raise ModelError("nothing to do: the model is already as this patch would make it")
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         known = self.about.get("model")
         of = f"; it is a patch for {known}" if known else ""
@@ -203,6 +205,7 @@ class Patch:
             "format": FORMAT,
             "about": dict(self.about),
             "dtypes": dict(self.dtypes),
+            "shapes": {name: list(change.shape) for name, change in changes.items()},
             "before": dict(self.before),
             "after": dict(self.after),
             "base": dict(self.base),
@@ -233,7 +236,7 @@ class Patch:
         wrong = [name for name, checksum in manifest.pop("checksums").items() if _hash(changes[name]) != checksum]
         if wrong:
             raise ArtifactError(f"'{path}' is damaged: the checksum of {wrong[0]} is another")
-        del manifest["format"]
+        del manifest["format"], manifest["shapes"]
         return cls(changes=changes, **manifest)
 
 
@@ -244,7 +247,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        ``format``, ``about``, ``dtypes``, ``before``, ``after``, ``base``, ``result`` and ``checksums``.
+        ``format``, ``about``, ``dtypes``, ``shapes``, ``before``, ``after``, ``base``, ``result`` and ``checksums``.
 
     Raises:
         ArtifactError: It is no patch, or one of a later format.
