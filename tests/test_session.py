@@ -1,0 +1,203 @@
+"""Sessions: rounds, undo, and what is kept, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+
+from builders import long_texts
+from crispedit.curvature import Curvature, merge
+from crispedit.edits import edits_from_rows
+from crispedit.errors import ArtifactError, EditFailed, ModelError
+from crispedit.models import edit_matrices, fingerprint, load_model
+from crispedit.session import EDITS, PATCH, Session, edits_as_json, edits_from_json
+from families import tiny_model, tiny_tokenizer
+
+SETTINGS = {"lr": 0.02, "epochs": 8, "energy": 0.5}
+
+
+def round_of(number, count=3):
+    rows = [
+        {"prompt": f"Number {number}{index} is", "target": f"{number}{index}x", "rephrase": f"{number}{index} is"}
+        for index in range(count)
+    ]
+    return edits_from_rows(rows, source=f"round{number}.json")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The name of a tiny model in bfloat16."""
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def create(base, directory, **options):
+    loaded = load_model(base)
+    curvature = Curvature.estimate(loaded.model, loaded.tokenizer, long_texts(), layers=[1, 2], model_name=base)
+    Session.create(directory, loaded, curvature, settings=SETTINGS, layers=[1, 2], **options)
+
+
+@pytest.fixture
+def directory(base, tmp_path):
+    create(base, tmp_path / "session")
+    return tmp_path / "session"
+
+
+def weights(loaded):
+    return {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_round_can_be_loaded_again_and_taken_back(directory, base):
+    with Session.writing(directory) as session:
+        states = [weights(session.load())]
+        for number in (1, 2, 3):
+            result = session.edit(round_of(number), keep_edits=True)
+            states.append({name: tensor.clone() for name, tensor in result.model.state_dict().items()})
+        assert not same(states[2], states[3])
+    with Session.reading(directory) as session:
+        for number, state in enumerate(states):
+            assert same(weights(session.load(number)), state)
+        assert same(weights(session.load()), states[3])
+        with pytest.raises(ArtifactError, match="there is no round 4; the session has 3"):
+            session.load(4)
+    with Session.writing(directory) as session:
+        session.revert(1)
+        assert [record["number"] for record in session.rounds] == [1]
+        assert same(weights(session.load()), states[1])
+        session.edit(round_of(2), keep_edits=True)
+        assert same(weights(session.load()), states[2])  # the same edits give the same model
+        session.revert(0)
+        assert same(weights(session.load()), states[0])
+    assert same(weights(load_model(base)), states[0])
+
+
+def test_the_curvature_is_that_of_algorithm_2(directory):
+    """Token counts add, and the factors are those that Curvature.of_rows gives at the weights of each round."""
+    with Session.writing(directory) as session:
+        expected = session.curvature()
+        tokens = expected.num_tokens
+        for number in (1, 2):
+            result = session.edit(round_of(number))
+            matrices = edit_matrices(result.model, [1, 2])
+            rows = [row.ids for row in _rows(result, round_of(number))]
+            own = expected.of_rows(result.model, matrices, rows, seed=number)
+            expected = merge([expected, own])
+            found = session.curvature()
+            tokens += sum(len(row) - 1 for row in rows)
+            assert found.num_tokens == expected.num_tokens == tokens
+            assert found.model_fingerprint == fingerprint(result.model)
+            assert found.held_out == session.curvature(0).held_out
+            for name, factors in expected.factors.items():
+                assert torch.equal(found.factors[name].A, factors.A)
+                assert torch.equal(found.factors[name].G, factors.G)
+
+
+def _rows(result, edits):
+    from crispedit.rows import Prompter
+
+    return Prompter.of(result.model, result.tokenizer).rows(edits)
+
+
+def test_what_is_kept_and_what_is_not(directory):
+    with Session.writing(directory) as session:
+        session.edit(round_of(1), keep_edits=True)
+        session.edit(round_of(2))
+        kept, private = session.rounds
+        assert session.kept_edits(1) == round_of(1)
+        assert kept["past"].keys() == {"1"}
+        assert private["past"].keys() == {"1"}  # the second round's edits are not there to be asked again
+        assert private["drift"]["drift"] > 0
+        assert private["metrics"]["after"]["reliability"] is not None
+    words = [row["target"] for row in edits_as_json(round_of(2))["edits"]]
+    for path in directory.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(word.encode() in content for word in words), path
+
+
+def test_a_round_can_be_taken_out_of_the_middle(directory, base, tmp_path):
+    create(base, tmp_path / "without")
+    with Session.writing(tmp_path / "without") as session:
+        session.edit(round_of(1))
+        session.edit(round_of(3))
+        wanted = weights(session.load())
+    with Session.writing(directory) as session:
+        session.edit(round_of(1))
+        session.edit(round_of(2))
+        session.edit(round_of(3))
+        before = weights(session.load())
+        with pytest.raises(
+            ArtifactError, match=r"round 3 has to be made again.*give the file \(round3.json, 3 edits\)"
+        ):
+            session.remove(2, [round_of(1)])
+        assert same(weights(session.load()), before)
+        assert session.remove(2, [round_of(1), round_of(3)]) == 1
+        assert len(session.rounds) == 2
+        assert same(weights(session.load()), wanted)
+        assert session.pending == []
+
+
+def test_rounds_that_were_to_be_made_again_are_not_forgotten(directory, monkeypatch):
+    with Session.writing(directory) as session:
+        for number in (1, 2, 3):
+            session.edit(round_of(number), keep_edits=True)
+        with monkeypatch.context() as patched:
+            patched.setattr("crispedit.session.edit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                session.remove(1)
+    with Session.writing(directory) as session:
+        assert session.rounds == []
+        assert len(session.pending) == 2
+        assert session.go_on() == 2
+        assert [record["edits"]["sha256"] for record in session.rounds] == [round_of(2).sha256, round_of(3).sha256]
+        assert session.pending == []
+
+
+def test_an_edit_that_fails_leaves_the_session_as_it_was(directory, monkeypatch):
+    with Session.writing(directory) as session:
+        session.edit(round_of(1))
+        state, log = weights(session.load()), session.store.entries()
+        monkeypatch.setattr("crispedit.editing.check_edited", lambda *_, **__: (_ for _ in ()).throw(EditFailed("no")))
+        with pytest.raises(EditFailed):
+            session.edit(round_of(2))
+        assert len(session.rounds) == 1
+        assert same(weights(session.load()), state)
+        assert session.store.entries() == log
+
+
+def test_another_base_is_refused(directory, base):
+    other = tiny_model("llama", seed=1).to(torch.bfloat16)
+    other.save_pretrained(base)
+    with Session.reading(directory) as session, pytest.raises(ModelError, match="has other weights now"):
+        session.load()
+
+
+def test_damaged_files_are_named(directory):
+    with Session.writing(directory) as session:
+        session.edit(round_of(1), keep_edits=True)
+        for name in (PATCH, EDITS, "curvature/factors.safetensors"):
+            path = session.store.path(1, name)
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(ArtifactError, match=rf"{path.name}' is damaged"):
+                {PATCH: session.patch, EDITS: session.kept_edits}.get(name, session.curvature)(1)
+            path.write_bytes(content)
+        assert session.store.damaged() == []
+
+
+def test_edits_survive_json():
+    rows = [
+        {"prompt": "a", "target": "b", "rephrases": ["c", "d"], "locality": [{"prompt": "e", "answer": None}]},
+        {"prompt": "f", "target": "g", "subject": "h", "locality_prompt": "i", "locality_answer": "j"},
+    ]
+    edits = edits_from_rows(rows)
+    value = json.loads(json.dumps(edits_as_json(edits)))
+    assert edits_from_json(value) == edits_from_rows(rows)
+    value["edits"][0]["target"] = "x"
+    with pytest.raises(ArtifactError, match="are damaged"):
+        edits_from_json(value)
