@@ -6,14 +6,14 @@ nothing written; 130 interrupted.
 
 import os
 import sys
-from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import patch_cli
+from . import patch_cli, session_cli
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
+from .settings import parse_settings
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
     from .models import LoadedModel
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(session_cli.app, name="session")
 app.add_typer(patch_cli.app, name="patch")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")]
@@ -238,7 +239,7 @@ def edit(
         "precision": precision,
         "eos": False if no_eos else None,
     }
-    settings = {name: value for name, value in named.items() if value is not None} | _settings(set_ or [])
+    settings = {name: value for name, value in named.items() if value is not None} | parse_settings(set_ or [])
     if rerun is not None:
         job = EditJob.from_record(rerun, model=model, edits=edits, curvature=curvature, texts=texts)
     else:
@@ -318,7 +319,7 @@ def compare(
         editors=editors,
         out=out,
         sweeps=sweep or (),
-        settings=_settings(set_ or []) | ({"eos": False} if no_eos else {}),
+        settings=parse_settings(set_ or []) | ({"eos": False} if no_eos else {}),
         layers=layers,
         texts=texts,
         samples=samples,
@@ -376,7 +377,7 @@ def train_mend(
             model,
             train_edits,
             out,
-            settings=_settings(set_ or []) | ({"eos": False} if no_eos else {}),
+            settings=parse_settings(set_ or []) | ({"eos": False} if no_eos else {}),
             layers=layers,
             texts=texts,
             limit=limit,
@@ -532,20 +533,6 @@ def _rate(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise ConfigError(f"lr is '{text}'; it must be a number above 0, or auto") from None
-
-
-def _settings(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as settings; values are JSON where they can be read so, else text."""
-    found: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--set is '{item}'; it must be NAME=VALUE")
-        try:
-            found[name] = loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _check_json(path: Path | None) -> None:

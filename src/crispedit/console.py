@@ -206,6 +206,34 @@ def print_patch(name: str, manifest: dict[str, Any]) -> None:
     )
 
 
+def print_session(found: dict[str, Any]) -> None:
+    """What a session is and how its rounds went, as ``crispedit session status`` finds it."""
+    rounds = found["rounds"]
+    print_table(
+        f"{found['directory']}: {found['model']}, {found['editor']}, blocks "
+        f"{', '.join(map(str, found['edited_layers']))}; {size(found['bytes'])}",
+        ["round", "reliability, %", "today, %", "drift, nats/token"],
+        [
+            [
+                f"{record['number']}: {record['edits']['count']} edits from {record['edits']['source']}"
+                + (" (kept)" if record["kept"] else ""),
+                percent(record["metrics"]["after"]["reliability"]),
+                percent(rounds[-1]["past"].get(str(record["number"]), {}).get("reliability")),
+                number(record["drift"]["drift"] if record["drift"] else None),
+            ]
+            for record in rounds
+        ],
+    )
+    if not rounds:
+        out.print(f"no rounds yet: crispedit session edit {found['directory']} EDITS", soft_wrap=True)
+    if found["pending"]:
+        out.print(
+            f"{found['pending']} rounds are still to be made again; the next edit begins with them", soft_wrap=True
+        )
+    for line in found.get("damaged", []):
+        out.print(line, soft_wrap=True)
+
+
 def print_training(record: dict[str, Any]) -> None:
     """How the training of a hypernetwork went."""
     training = record["training"]

@@ -340,13 +340,16 @@ class Session:
         )
         self.rounds = self.store.rounds()
 
-    def remove(self, number: int, given: Sequence[EditSet] = (), *, progress: Progress = no_progress) -> int:
+    def remove(
+        self, number: int, given: Sequence[EditSet] = (), *, progress: Progress = no_progress, **options: Any
+    ) -> int:
         """Takes a round out of the middle, and makes the later ones again without it.
 
         Args:
             number: Of the round.
             given: Edits of later rounds that the session has not kept, recognised by their hash.
             progress: Called during every longer step.
+            **options: For :func:`crispedit.models.load_model`.
 
         Returns:
             How many rounds were made again.
@@ -380,7 +383,7 @@ class Session:
             entry=f"round {number} taken out; {len(pending)} later rounds are to be made again",
         )
         self.rounds = self.store.rounds()
-        return self.go_on(progress=progress)
+        return self.go_on(progress=progress, **options)
 
     @property
     def pending(self) -> list[dict[str, Any]]:

@@ -1,0 +1,234 @@
+"""``crispedit session``: a model edited in rounds, in a directory that keeps what is needed to take them back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
+    from .progress import Progress
+    from .session import Session
+
+app = typer.Typer(help="Edit a model in rounds, and take them back.", no_args_is_help=True, rich_markup_mode=None)
+
+Directory = Annotated[Path, typer.Argument(help="The session.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
+KeepEdits = Annotated[
+    bool, typer.Option("--keep-edits", help="Keep the edits themselves, to check them later and to replay them.")
+]
+Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
+Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory for the session.")],
+    editor: Annotated[str, typer.Option(help="The method, or METHOD:PRESET; see 'crispedit editors'.")] = "crispedit",
+    curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Capability texts: .jsonl or .json with 'text', or .txt.")] = None,
+    samples: Annotated[int | None, typer.Option(help="How many of the texts to use; all by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Decoder blocks to edit, e.g. 19-23 or 4,5,6.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the editor.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine, same result.")] = 0,
+    chat: Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")] = "auto",
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Begin a session: the base model by name, the curvature of its capability loss, and how rounds are edited."""
+    from .artifacts import check_writable
+    from .console import out
+    from .curvature import Curvature
+    from .editors import configured
+    from .jobs import EditJob
+    from .models import load_model, parse_layers
+    from .session import Session
+    from .settings import parse_settings
+
+    check_writable(directory)
+    settings = parse_settings(set_ or [])
+    _, config = configured(editor, settings)
+    chosen = parse_layers(layers) if layers is not None else None
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    found = Curvature.load(curvature) if curvature is not None else None
+    with _bars() as progress:
+        if found is None and config.needs_curvature():
+            job = EditJob(
+                model=model,
+                edits="",
+                editor=editor,
+                texts=texts,
+                samples=samples,
+                layers=layers,
+                settings=settings,
+                seed=seed,
+            )
+            found, _ = job.curvature_in_cache(progress=progress, **options)
+        loaded = load_model(model, **options)
+        Session.create(directory, loaded, found, editor=editor, settings=settings, layers=chosen, seed=seed, chat=chat)
+    out.print(f"the session is in {directory}: crispedit session edit {directory} EDITS", soft_wrap=True)
+
+
+@app.command()
+def edit(
+    directory: Directory,
+    edits: Annotated[str, typer.Argument(help="A .json, .jsonl or .csv file of edits, or bundled:demo|eval|train.")],
+    keep_edits: KeepEdits = False,
+    limit: Limit = None,
+    conflicts: Conflicts = "error",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Make a round: edit the newest model, prove it, and keep it."""
+    from .artifacts import check_writable_file, write_json
+    from .console import out, print_proof
+    from .jobs import read_edits
+
+    check_writable_file(json, "--json")
+    edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    with _bars() as progress, _writing(directory, progress, options) as session:
+        result = session.edit(edit_set, keep_edits=keep_edits, progress=progress, **options)
+        record = session.rounds[-1]
+    print_proof(result)
+    out.print(f"round {record['number']} is in {directory}", soft_wrap=True)
+    if json is not None:
+        write_json(json, record)
+
+
+@app.command()
+def log(directory: Directory, json: Json = None) -> None:
+    """Say what was done, when; no tensor is read."""
+    from datetime import datetime
+
+    from .artifacts import check_writable_file, write_json
+    from .console import out
+    from .store import Store
+
+    check_writable_file(json, "--json")
+    with Store.reading(directory) as store:
+        entries = store.entries()
+    for when, entry in entries:
+        out.print(f"{datetime.fromtimestamp(when):%Y-%m-%d %H:%M:%S}  {entry}", soft_wrap=True)
+    if json is not None:
+        write_json(json, [{"time": when, "entry": entry} for when, entry in entries])
+
+
+@app.command()
+def status(
+    directory: Directory,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
+    json: Json = None,
+) -> None:
+    """Say what the session is, and how its rounds went; no tensor is read."""
+    from .artifacts import check_writable_file, write_json
+    from .console import print_session
+    from .errors import ArtifactError
+    from .store import Store
+
+    check_writable_file(json, "--json")
+    with Store.reading(directory) as store:
+        found = {
+            "directory": str(directory),
+            **store.about,
+            "bytes": store.num_bytes(),
+            "pending": len(store.value("pending", [])),
+            "rounds": store.rounds(),
+        }
+        if verify:
+            with _bars() as progress:
+                found["damaged"] = store.damaged(progress)
+    print_session(found)
+    if json is not None:
+        write_json(json, found)
+    if found.get("damaged"):
+        raise ArtifactError(f"{len(found['damaged'])} files are damaged or missing: {found['damaged'][0]}")
+
+
+@app.command()
+def revert(
+    directory: Directory,
+    to: Annotated[int | None, typer.Option(help="The last round that stays; 0 for the base model.")] = None,
+    round_: Annotated[
+        int | None, typer.Option("--round", help="Take out this round and make the later ones again.")
+    ] = None,
+    edits: Annotated[
+        list[str] | None, typer.Option(help="Edits of a later round that were not kept; repeatable.")
+    ] = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Take rounds back: the last ones, or one from the middle."""
+    from .console import out
+    from .jobs import read_edits
+
+    if (to is None) == (round_ is None):
+        raise ConfigError("give --to N (the last round that stays) or --round N (the one that goes)")
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    given = [read_edits(name) for name in edits or []]
+    with _bars() as progress, _writing(directory, progress, options) as session:
+        if to is not None:
+            session.revert(to)
+            said = f"the session is at round {to}"
+        else:
+            assert round_ is not None
+            again = session.remove(round_, given, progress=progress, **options)
+            said = f"round {round_} is out, and {again} later rounds were made again without it"
+    out.print(f"{said}, in {directory}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Option(help="Directory for the model, or with --patch a file.")],
+    number: Annotated[int | None, typer.Option("--round", help="After this round; the newest by default.")] = None,
+    patch: Annotated[bool, typer.Option("--patch", help="Only one patch from the base model.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write the model of a round as a Hugging Face directory, read back and compared; or as one patch."""
+    from .artifacts import check_writable, check_writable_file, write_directory
+    from .console import out as stdout
+    from .errors import ArtifactError
+    from .session import Session
+
+    with Session.reading(directory) as session:
+        if patch:
+            check_writable_file(out, "--out", overwrite=overwrite)
+            head = session.head_of(number)
+            if head is None:
+                raise ArtifactError("the base model itself needs no patch; name a round")
+            head.write(out)
+        else:
+            check_writable(out, overwrite=overwrite)
+            with write_directory(out, overwrite=overwrite) as building:
+                session.write_merged(building, number, device=device, trust_remote_code=trust_remote_code)
+    stdout.print(f"the {'patch' if patch else 'model'} is in {out}", soft_wrap=True)
+
+
+@contextmanager
+def _writing(directory: Path, progress: "Progress", options: dict[str, Any]) -> "Iterator[Session]":
+    """A session that is open for writing, with rounds made again that an interrupted command had still to make."""
+    from .progress import log
+    from .session import Session
+
+    with Session.writing(directory) as session:
+        if session.pending:
+            log.info("%d rounds are still to be made again: going on with them", len(session.pending))
+            session.go_on(progress=progress, **options)
+        yield session
+
+
+def _bars() -> Any:
+    from .console import progress_bars
+
+    return progress_bars()

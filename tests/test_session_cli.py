@@ -1,0 +1,114 @@
+"""``crispedit session`` from end to end, on the bundled model."""
+
+import json
+
+import pytest
+import torch
+
+from crispedit import cli
+from crispedit.bundled import world
+from crispedit.models import load_model
+from crispedit.store import ROUNDS
+
+FAST = ("--editor", "ft", "--set", "epochs=4", "--set", "lr=0.01", "--layers", "6")
+
+
+def program(*arguments):
+    assert cli._run(["session", *map(str, arguments)]) == 0
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The current directory, with three files of edits and a session that has none of them yet."""
+    monkeypatch.chdir(tmp_path)
+    rows = world.edit_rows("eval")
+    for number in range(3):
+        (tmp_path / f"{number + 1}.json").write_text(json.dumps(rows[4 * number : 4 * number + 4]))
+    program("init", "bundled", "s", *FAST)
+    return tmp_path
+
+
+def weights(name):
+    return load_model(name).model.state_dict()
+
+
+def same(one, other):
+    a, b = weights(one), weights(other)
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_rounds_are_made_shown_taken_back_and_exported(work, capsys):
+    for number in (1, 2, 3):
+        program("edit", "s", f"{number}.json", "--keep-edits", "--json", f"round{number}.json")
+    assert json.loads((work / "round2.json").read_text())["number"] == 2
+    capsys.readouterr()
+    program("status", "s", "--verify", "--json", "status.json")
+    printed = capsys.readouterr().out
+    assert "2: 4 edits from 2.json" in printed
+    status = json.loads((work / "status.json").read_text())
+    assert [record["edits"]["count"] for record in status["rounds"]] == [4, 4, 4]
+    assert status["damaged"] == []
+    assert status["rounds"][2]["past"].keys() == {"1", "2", "3"}
+    program("export", "s", "--round", 2, "--out", "second")
+    program("export", "s", "--out", "third")
+    program("export", "s", "--patch", "--out", "third.safetensors")
+    assert cli._run(["patch", "apply", "bundled", "third.safetensors", "--out", "patched"]) == 0
+    assert same("patched", "third")
+    program("revert", "s", "--to", 2)
+    program("export", "s", "--out", "again")
+    assert same("again", "second")
+    program("revert", "s", "--to", 0)
+    program("edit", "s", "2.json")
+    program("export", "s", "--out", "alone")
+    program("revert", "s", "--to", 0)
+    program("edit", "s", "1.json")
+    program("edit", "s", "2.json")
+    program("revert", "s", "--round", 1, "--edits", "2.json")
+    program("export", "s", "--out", "without")
+    assert same("without", "alone")
+    capsys.readouterr()
+    program("log", "s", "--json", "log.json")
+    printed = capsys.readouterr().out
+    assert "round 1: 4 edits from 1.json, by ft" in printed
+    assert "reverted to round 2: 1 rounds taken back" in printed
+    assert "round 1 taken out; 1 later rounds are to be made again" in printed
+    assert len(json.loads((work / "log.json").read_text())) == len(printed.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["edit", "nothing", "1.json"], "'nothing' is no session"),
+        (["edit", "s", "none.json"], "none.json: no such file"),
+        (["init", "bundled", "s"], "the directory 's' is not empty"),
+        (["init", "bundled", "t", "--editor", "crispit"], "crispit"),
+        (["init", "bundled", "t", "--set", "energy"], "--set is 'energy'; it must be NAME=VALUE"),
+        (["revert", "s"], "give --to N"),
+        (["revert", "s", "--to", "1", "--round", "1"], "give --to N"),
+        (["revert", "s", "--to", "3"], "there is no round 3; the session has 0"),
+        (["revert", "s", "--round", "1"], "there is no round 1; the session has 0"),
+        (["export", "s", "--round", "1", "--out", "t"], "there is no round 1; the session has 0"),
+        (["export", "s", "--patch", "--out", "t"], "the base model itself needs no patch"),
+        (["export", "s", "--out", "s"], "the directory 's' is not empty"),
+        (["status", "s", "--json", "s"], "--json 's' is a directory"),
+        (["log", "1.json"], "'1.json' is no session"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(work, capsys, arguments, said):
+    capsys.readouterr()
+    assert cli._run(["session", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (work / "t").exists()
+
+
+def test_a_damaged_file_is_named(work, capsys):
+    program("edit", "s", "1.json")
+    (patch,) = (work / "s" / ROUNDS).glob("*/patch.safetensors")
+    content = patch.read_bytes()
+    patch.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    assert cli._run(["session", "status", "s", "--verify"]) == 2
+    assert "1 files are damaged or missing" in capsys.readouterr().err
+    assert cli._run(["session", "log", "s"]) == 0
