@@ -54,6 +54,14 @@ def test_rounds_are_made_shown_taken_back_and_exported(work, capsys):
     program("export", "s", "--patch", "--out", "third.safetensors")
     assert cli._run(["patch", "apply", "bundled", "third.safetensors", "--out", "patched"]) == 0
     assert same("patched", "third")
+    program("export", "s", "--lora-rank", 4, "--out", "adapter", "--json", "adapter.json")
+    adapter = json.loads((work / "adapter.json").read_text())
+    assert adapter["ranks"] == {"model.layers.6.mlp.down_proj.weight": 4}
+    assert 0 < adapter["energy"]["model.layers.6.mlp.down_proj.weight"] < 1
+    assert adapter["exact"]["past"].keys() == adapter["adapter"]["past"].keys() == {"1", "2", "3"}
+    program("export", "s", "--lora-energy", 1, "--out", "whole", "--json", "whole.json")
+    whole = json.loads((work / "whole.json").read_text())
+    assert whole["adapter"]["past"] == whole["exact"]["past"]
     program("revert", "s", "--to", 2)
     program("export", "s", "--out", "again")
     assert same("again", "second")
@@ -90,6 +98,8 @@ def test_rounds_are_made_shown_taken_back_and_exported(work, capsys):
         (["export", "s", "--round", "1", "--out", "t"], "there is no round 1; the session has 0"),
         (["export", "s", "--patch", "--out", "t"], "the base model itself needs no patch"),
         (["export", "s", "--out", "s"], "the directory 's' is not empty"),
+        (["export", "s", "--out", "t", "--lora-rank", "2"], "the base model itself needs no adapter"),
+        (["export", "s", "--out", "t", "--lora-rank", "2", "--patch"], "give one of --merged, --patch"),
         (["status", "s", "--json", "s"], "--json 's' is a directory"),
         (["log", "1.json"], "'1.json' is no session"),
     ],

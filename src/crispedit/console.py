@@ -234,6 +234,24 @@ def print_session(found: dict[str, Any]) -> None:
         out.print(line, soft_wrap=True)
 
 
+def print_adapter(record: dict[str, Any]) -> None:
+    """What an adapter holds of a change, and what is lost with it, as ``crispedit session export`` finds it."""
+    print_table(
+        "The adapter",
+        ["matrix", "rank", "share of ‖ΔW‖²"],
+        [[name, str(rank), f"{record['energy'][name]:.3f}"] for name, rank in record["ranks"].items()],
+    )
+    both = record["exact"], record["adapter"]
+    rows = [
+        [f"reliability of round {key}, %", *(percent(one["past"][key]["reliability"]) for one in both)]
+        for key in both[0]["past"]
+    ]
+    if both[0]["drift"] is not None:
+        rows.append(["drift from the base, nats/token", *(number(one["drift"]["drift"]) for one in both)])
+    if rows:
+        print_table("What it loses", ["", "exact", "adapter"], rows)
+
+
 def print_training(record: dict[str, Any]) -> None:
     """How the training of a hypernetwork went."""
     training = record["training"]

@@ -14,7 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import __version__
+from .adapter import low_rank, write_adapter
 from .artifacts import read_json, write_json
 from .capability import Drift
 from .checkpoint import read_back, write_model
@@ -228,6 +231,7 @@ class Session:
         _, config = configured(self.about["editor"], self.about["settings"])
         matrices = config.matrices(loaded.model, self.about["layers"])
         joined = head.then(result.patch) if head is not None else result.patch
+        base = joined.reversed().applied(StoredTensors(loaded.model, loaded.stored_dtype))
         with self.store.new_round() as building:
             result.patch.write(building / PATCH)
             if keep_edits:
@@ -242,8 +246,8 @@ class Session:
                 "kept": keep_edits,
                 "settings": result.settings,
                 "metrics": result.metrics,
-                "drift": self._drift(loaded, matrices, joined, curvature, progress),
-                "past": self._past(loaded, edits if keep_edits else None, progress),
+                "drift": self._drift(loaded, matrices, base, curvature, progress),
+                "past": self._past(loaded, {number: edits} if keep_edits else {}, progress),
             }
             path = self.store.head_path()
             joined.write(path)
@@ -273,15 +277,14 @@ class Session:
         self,
         loaded: LoadedModel,
         matrices: Sequence[EditMatrix],
-        head: Patch,
+        base: Mapping[str, Tensor],
         curvature: Curvature | None,
         progress: Progress,
     ) -> dict[str, Any] | None:
-        """Drift of the model from the base model, on the held-out texts."""
+        """Drift of the model from that with the base's tensors, on the held-out texts."""
         if curvature is None or not curvature.held_out:
             return None
         model = loaded.model
-        base = head.reversed().applied(StoredTensors(model, loaded.stored_dtype))
         changed = [matrix for matrix in matrices if matrix.name in base]
         originals = {matrix.name: matrix.as_weight(base[matrix.name]) for matrix in changed}
         batches = text_batches(model, loaded.tokenizer, curvature.held_out)
@@ -289,11 +292,12 @@ class Session:
             drift: Drift = drift_from(originals, model, changed, batches, progress)
         return asdict(drift)
 
-    def _past(self, loaded: LoadedModel, newest: EditSet | None, progress: Progress) -> dict[str, dict[str, Any]]:
-        """By round, what the model now says of its edits, where they are kept; :data:`ASKED` questions in all."""
-        sets = {record["number"]: self.kept_edits(record["number"]) for record in self.rounds if record["kept"]}
-        if newest is not None:
-            sets[len(self.rounds) + 1] = newest
+    def _past(
+        self, loaded: LoadedModel, newest: Mapping[int, EditSet], progress: Progress, number: int | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """By round, what a model says of its edits, where they are kept; :data:`ASKED` questions in all."""
+        rounds = [record["number"] for record in self.rounds[:number] if record["kept"]]
+        sets = {kept: self.kept_edits(kept) for kept in rounds} | dict(newest)
         if not sets:
             return {}
         share = max(1, ASKED // len(sets) // 3)
@@ -423,6 +427,61 @@ class Session:
         loaded = self.load(number, **options)
         write_model(loaded.model, loaded.tokenizer, building, loaded.stored_dtype)
         read_back(loaded.model, building, loaded.stored_dtype)
+
+    def write_adapter(
+        self,
+        building: Path,
+        number: int | None = None,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        progress: Progress = no_progress,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Writes what all rounds changed as a LoRA adapter of the base model, and measures what that loses.
+
+        Args:
+            building: Where its files go.
+            number: After this round; the newest when omitted.
+            rank: Of every matrix, at most; or
+            energy: the share of every ‖ΔW‖² that the adapter must hold.
+            progress: Called while the model is asked.
+            **options: For :func:`crispedit.models.load_model`.
+
+        Returns:
+            ``ranks`` and ``energy`` by matrix; ``exact`` and ``adapter``, each with ``past`` and ``drift``.
+
+        Raises:
+            ArtifactError: There is no round whose change could be written.
+        """
+        head = self.head_of(number)
+        if head is None or not head.changes:
+            raise ArtifactError("the base model itself needs no adapter; name a round")
+        loaded, curvature = self.load(number, **options), self.curvature(0)
+        _, config = configured(self.about["editor"], self.about["settings"])
+        chosen = config.matrices(loaded.model, self.about["layers"])
+        matrices = [matrix for matrix in chosen if matrix.name in head.changes]
+        before = head.reversed().applied(StoredTensors(loaded.model, loaded.stored_dtype))
+
+        def measured() -> dict[str, Any]:
+            return {
+                "past": self._past(loaded, {}, progress, number),
+                "drift": self._drift(loaded, matrices, before, curvature, progress),
+            }
+
+        exact, products = measured(), {}
+        for matrix in matrices:
+            original = matrix.as_weight(before[matrix.name]).float()
+            products[matrix.name] = product = low_rank(matrix.weight.float() - original, rank=rank, energy=energy)
+            stored = [factor.to(loaded.stored_dtype).float() for factor in (product.B, product.A)]
+            matrix.weight.copy_(original + stored[0] @ stored[1])
+        write_adapter(products, matrices, self.about["model"], building, loaded.stored_dtype)
+        return {
+            "ranks": {name: product.rank for name, product in products.items()},
+            "energy": {name: product.energy for name, product in products.items()},
+            "exact": exact,
+            "adapter": measured(),
+        }
 
 
 def edits_as_json(edits: EditSet) -> dict[str, Any]:

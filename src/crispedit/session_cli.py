@@ -188,31 +188,51 @@ def revert(
 @app.command()
 def export(
     directory: Directory,
-    out: Annotated[Path, typer.Option(help="Directory for the model, or with --patch a file.")],
+    out: Annotated[Path, typer.Option(help="Directory for the model or the adapter, or with --patch a file.")],
     number: Annotated[int | None, typer.Option("--round", help="After this round; the newest by default.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="A whole Hugging Face directory (the default).")] = False,
     patch: Annotated[bool, typer.Option("--patch", help="Only one patch from the base model.")] = False,
+    lora_rank: Annotated[int | None, typer.Option(help="A LoRA adapter of this rank; approximate.")] = None,
+    lora_energy: Annotated[float | None, typer.Option(help="A LoRA adapter that holds this share of ‖ΔW‖².")] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    json: Json = None,
 ) -> None:
-    """Write the model of a round as a Hugging Face directory, read back and compared; or as one patch."""
-    from .artifacts import check_writable, check_writable_file, write_directory
+    """Write the model of a round: merged, as one patch, or as a LoRA adapter whose loss is measured."""
+    from .adapter import serving_line
+    from .artifacts import check_writable, check_writable_file, write_directory, write_json
     from .console import out as stdout
+    from .console import print_adapter
     from .errors import ArtifactError
     from .session import Session
 
+    check_writable_file(json, "--json")
+    lora = lora_rank is not None or lora_energy is not None
+    if merged + patch + (lora_rank is not None) + (lora_energy is not None) > 1:
+        raise ConfigError("give one of --merged, --patch, --lora-rank R, --lora-energy E")
+    check_writable_file(out, "--out", overwrite=overwrite) if patch else check_writable(out, overwrite=overwrite)
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    record: dict[str, Any] = {"out": str(out)}
     with Session.reading(directory) as session:
         if patch:
-            check_writable_file(out, "--out", overwrite=overwrite)
             head = session.head_of(number)
             if head is None:
                 raise ArtifactError("the base model itself needs no patch; name a round")
             head.write(out)
+        elif lora:
+            with _bars() as progress, write_directory(out, overwrite=overwrite) as building:
+                record |= session.write_adapter(
+                    building, number, rank=lora_rank, energy=lora_energy, progress=progress, **options
+                )
+            print_adapter(record)
+            stdout.print(serving_line(session.about["model"], out, max(record["ranks"].values())), soft_wrap=True)
         else:
-            check_writable(out, overwrite=overwrite)
             with write_directory(out, overwrite=overwrite) as building:
-                session.write_merged(building, number, device=device, trust_remote_code=trust_remote_code)
-    stdout.print(f"the {'patch' if patch else 'model'} is in {out}", soft_wrap=True)
+                session.write_merged(building, number, **options)
+    stdout.print(f"the {'patch' if patch else 'adapter' if lora else 'model'} is in {out}", soft_wrap=True)
+    if json is not None:
+        write_json(json, record)
 
 
 @contextmanager
