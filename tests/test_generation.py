@@ -8,6 +8,7 @@ import torch
 
 from crispedit import generation
 from crispedit.errors import EditsError
+from crispedit.judge import exact
 from crispedit.rows import Prompter
 from families import AWKWARD, CHATML, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -143,6 +144,32 @@ def test_the_published_rule_leaves_what_it_does_in_transformers(merges, script, 
     tokenizer = tiny_tokenizer(merges=tuple(merges))
     assert ask(script, tokenizer=tokenizer, stop_at_period=True)[0] == expected
     assert published(script, tokenizer).strip() == expected
+
+
+WITH_PERIOD = {  # the nine targets of the WikiBigEdit file that have one, and what the published rule leaves of them
+    "Chittoor V. Ramamoorthy": "Chittoor V",
+    "St. Eugenia's Church": "St",
+    "Harry Bernsen Jr.": "Harry Bernsen Jr",
+    "C. J. van Rijsbergen": "C",
+    "Robert G. Wright": "Robert G",
+    "Larry W. Finger": "Larry W",
+    "2. Bundesliga": "2",
+    "Creative Commons Attribution 4.0 International": "Creative Commons Attribution 4",
+    "St. Luke's Hospital": "St",
+}
+
+
+def test_of_nine_real_targets_the_published_rule_can_judge_one(bundled):
+    """A model that says exactly what it was taught is right in all of them by our rule."""
+    tokenizer, rule = bundled.tokenizer, {}
+    reader = generation._Reader(Prompter(tokenizer))
+    for target, left in WITH_PERIOD.items():
+        ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+        row = generation._Row((), generation.MAX_NEW_TOKENS)
+        reader.add(row, [*ids, tokenizer.eos_token_id])
+        rule[target] = [reader.answer(row, stop_at_period).text for stop_at_period in (False, True)]
+        assert rule[target] == [target, left]
+    assert [target for target, (_, left) in rule.items() if exact("", target, left)] == ["Harry Bernsen Jr."]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|eot_id|>"])

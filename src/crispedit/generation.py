@@ -2,9 +2,9 @@
 
 An answer ends at an end token of the model, at the first line break that follows something, or at the limit; what is
 judged is its first line. The published evaluation (WILD, Yang et al. 2025; CrispEdit, arXiv 2602.15823) stops at the
-first token with a period or a line break in it, and takes one of each, in this order, off the end of the text. Our
-answers begin with the tokens of its answers, which are found so (``stop_at_period``) without generating anew; the text is
-the same but for blanks around it, and special tokens, which it keeps and ours does not.
+first token with a period or a line break in it, and takes one of each, in this order, off the end of the text. Its
+tokens are the first ones of our answer, so that nothing is generated anew for it (``stop_at_period``); the text is the
+same but for blanks around it, and special tokens, which it keeps and ours does not.
 
 Greedy decoding leaves nothing to chance, so a guessed answer, a draft, is decided in one forward pass: where every
 token of it is the model's first choice after those before it, it is the answer; where not, what came before and the
