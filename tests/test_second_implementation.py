@@ -27,7 +27,7 @@ SCHEMAS = ("zsre", "counterfact", "wikibigedit")
 SIDES = ("left", "right")
 PUBLISHED = "exact, published stop"
 EDITS = 4
-TEACHING = {"bundled": {"steps": 24, "rate": 1e-3}, "gpt2": {"steps": 240, "rate": 1e-2}}
+TEACHING = {"bundled": {"steps": 24, "rate": 1e-3}, "gpt2": {"steps": 300, "rate": 3e-3}}
 
 
 # --- edit sets --------------------------------------------------------------------------------------------------------
@@ -75,11 +75,11 @@ def row_of(schema, number, row):
 # --- models -----------------------------------------------------------------------------------------------------------
 @cache
 def base_of(name):
-    """A model and its tokenizer; that of GPT-2 adds nothing in front, and "?" merges with a blank and what follows."""
+    """A model and its tokenizer; that of GPT-2 adds nothing in front, and its "?" merges with a blank and "S"."""
     if name == "bundled":
         loaded = load_model(name)
         return loaded.model, loaded.tokenizer
-    tokenizer = tiny_tokenizer(begins=False, merges=(("?", "Ġ"), ("?Ġ", "S"), ("?Ġ", "J")))
+    tokenizer = tiny_tokenizer(begins=False, merges=(("Ġ", "S"), ("?", "ĠS")))
     return tiny_model(name, max_position_embeddings=512), tokenizer
 
 

@@ -466,7 +466,8 @@ def evaluate(
         )
     from .console import print_evaluations
 
-    print_evaluations(f"{model} on {edits}, judge: {judge}", {"model": result})
+    judged = "" if result["no_context"] is None else f", judge: {judge}"
+    print_evaluations(f"{model} on {edits}{judged}", {"model": result})
     _write_json(json, result)
 
 

@@ -90,17 +90,17 @@ def continuations(prompter: Prompter, edits: Sequence[Edit], context: int | None
     Returns:
         One for every question (:func:`crispedit.wild.questions`) with a known answer.
     """
-    rivals = locality_of(edits) == "likelihood"
+    by_likelihood = locality_of(edits) == "likelihood"
     found = []
     for question in questions(edits):
-        edit = edits[question.edit]
         if question.expected is None:
             continue
-        answers = [question.expected]
-        if rivals and (other := edit.target if question.kind == "locality" else _old_target(edit)) is not None:
-            answers.append(other)
+        edit, rival = edits[question.edit], None
+        if by_likelihood:
+            rival = edit.target if question.kind == "locality" else _old_target(edit)
+        answers = [question.expected] if rival is None else [question.expected, rival]
         rows = prompter.rows([as_edit(question.prompt, answer, edit.row) for answer in answers], context)
-        found.append(Continuation(question.edit, question.kind, rows[0], rows[1] if len(rows) > 1 else None))
+        found.append(Continuation(question.edit, question.kind, rows[0], rows[1] if rival is not None else None))
     return found
 
 
@@ -136,17 +136,19 @@ def teacher_force(
     rows = [row for one in asked for row in (one.expected, one.rival) if row is not None]
     read = read_rows(model, rows, progress)
 
+    def of_kind(kind: str) -> list[Continuation]:
+        return [one for one in asked if one.kind == kind]
+
     def accuracy(kind: str) -> dict[int, float]:
-        chosen = ((one, one.expected.ids[one.expected.prompt_length :]) for one in asked if one.kind == kind)
-        return _by_edit((one.edit, _equal(read[one.expected].choices, labels)) for one, labels in chosen)
+        return _by_edit((one.edit, _equal(read[one.expected].choices, one.expected.targets)) for one in of_kind(kind))
 
     def likelier(kind: str) -> dict[int, float]:
-        pairs = ((one, one.rival) for one in asked if one.kind == kind)
-        return _by_edit((one.edit, read[one.expected].nll < read[row].nll) for one, row in pairs if row is not None)
+        pairs = [(one.edit, one.expected, one.rival) for one in of_kind(kind) if one.rival is not None]
+        return _by_edit((edit, read[expected].nll < read[rival].nll) for edit, expected, rival in pairs)
 
     def agreement(before: Mapping[EditRow, Ids]) -> dict[int, float]:
-        rows = ((one.edit, one.expected) for one in asked if one.kind == "locality")
-        return _by_edit((edit, _equal(read[row].choices, before[row])) for edit, row in rows)
+        chosen = [(one.edit, one.expected) for one in of_kind("locality")]
+        return _by_edit((edit, _equal(read[row].choices, before[row])) for edit, row in chosen)
 
     definition = locality_of(edits)
     return TeacherForced(

@@ -76,7 +76,7 @@ def _drafts(prompter: Prompter, prompt: Prompt, answer: str | None) -> list[Ids]
     except EditsError:  # an answer without a token of its own
         return []
     # where the answer merges with the end of the prompt, it is no continuation of the prompt's tokens
-    return [row.ids[row.prompt_length :]] if row.ids[: row.prompt_length] == prompter.prompt(prompt) else []
+    return [row.targets] if row.ids[: row.prompt_length] == prompter.prompt(prompt) else []
 
 
 def as_edit(prompt: Prompt, answer: str, row: int = 0) -> Edit:
