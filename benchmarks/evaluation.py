@@ -2,12 +2,16 @@
 
     python benchmarks/evaluation.py --json evaluation.json
     python benchmarks/evaluation.py --parts proof --models random --epochs 5
+    python benchmarks/evaluation.py --parts wild --edits zsre_3k.json
 
 ``drafts``: the questions of the bundled model's proof after an edit, in both contexts, asked without drafts, with the
 answers that would be right, with the answers of another time, and by one plain call of transformers' ``generate`` per
 batch, in which every row is computed until the last one ends. ``proof``: an edit of the bundled model (200 edits) and
 of a random Llama of 53 million parameters (512 edits of the same world, over the bundled tokenizer; its learning rate
 is given, as a model that knows nothing has no rate to find), and the seconds of the proof and of saving beside it.
+``wild``: the edit prompts of a file (`--edits`), asked of the bundled model in both contexts as ``evaluate`` does, and
+one at a time without a cache, token after token; the latter on a sample of the prompts, and scaled (`--sample`). The
+same answers are asserted.
 
 Ratios are of processor seconds on the CPU, which other programs do not stretch, and of wall-clock seconds elsewhere.
 Every figure is a median.
@@ -15,6 +19,7 @@ Every figure is a median.
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -37,6 +42,7 @@ from crispedit.editors import crispedit as editor
 from crispedit.edits import Edit
 from crispedit.generation import MAX_NEW_TOKENS, Answer, answers
 from crispedit.jobs import capability_texts, read_edits
+from crispedit.judge import exact
 from crispedit.models import BUNDLED, load_model
 from crispedit.proof import PROOF_EDITS, spread
 from crispedit.rows import Prompter
@@ -176,6 +182,54 @@ def proof(name: str, epochs: int) -> tuple[dict[str, Any], EditResult]:
     return row, result
 
 
+@torch.inference_mode()
+def one_at_a_time(model: Any, prompter: Prompter, prompt: Any) -> str:
+    """A greedy answer from its definition: the whole row is run anew for every token, until the answer ends."""
+    ids, new, text = list(prompter.prompt(prompt)), [], ""
+    while len(new) < MAX_NEW_TOKENS and "\n" not in text:
+        logits = model(
+            input_ids=torch.tensor([ids + new], device=model.device), use_cache=False, logits_to_keep=1
+        ).logits
+        new.append(int(logits[0, -1].argmax()))
+        if new[-1] in prompter.end_tokens:
+            break
+        text = str(prompter.tokenizer.decode(new, skip_special_tokens=True)).lstrip()
+    return text.split("\n")[0].strip()
+
+
+def wild(source: str, limit: int | None, sample: int, repeats: int) -> dict[str, Any]:
+    """Seconds of free answers to edit prompts in both contexts: as ``evaluate`` asks, and one at a time."""
+    loaded = load_model(BUNDLED)
+    prompter = Prompter.of(loaded.model, loaded.tokenizer)
+    edits = list(read_edits(source, limit=limit, conflicts="first"))
+    asked = [question for question in questions(edits) if question.kind == "reliability"]
+    chosen = sorted(random.Random(0).sample(range(len(asked)), min(sample, len(asked))))
+    batched = single = 0.0
+    tokens = right = 0
+    for context in CONTEXTS:
+        seconds, found = timed(partial(with_expected, loaded.model, prompter, asked, context), repeats)
+        batched += seconds
+        tokens += sum(len(answer.ids) for answer in found)
+        right += sum(exact("", question.expected or "", a.text) for a, question in zip(found, asked, strict=True))
+        started = clock()
+        for index in chosen:
+            text = one_at_a_time(loaded.model, prompter, in_context(asked[index].prompt, context))
+            assert text == found[index].text, (asked[index].prompt, context, text, found[index].text)
+        single += (clock() - started) * len(asked) / len(chosen)
+    return {
+        "edits": source,
+        "prompts": len(asked),
+        "contexts": len(CONTEXTS),
+        "tokens": tokens,
+        "right": right,
+        "sample": len(chosen),
+        "seconds": batched,
+        "one_at_a_time_seconds": single,
+        "one_at_a_time_scaled": len(chosen) < len(asked),
+        "wild_speedup": single / batched,
+    }
+
+
 @contextmanager
 def timing(parts: dict[str, list[float]]) -> Iterator[None]:
     """Within, the seconds of every part of an edit are added to a dictionary."""
@@ -199,10 +253,13 @@ def timing(parts: dict[str, list[float]]) -> Iterator[None]:
 def main() -> None:
     """Runs the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("drafts", "proof"), default=["drafts", "proof"])
+    parser.add_argument("--parts", nargs="+", choices=("drafts", "proof", "wild"), default=["drafts", "proof", "wild"])
     parser.add_argument("--models", nargs="+", choices=("bundled", "random"), default=["bundled", "random"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--edits", default="bundled:eval", help="of part wild")
+    parser.add_argument("--limit", type=int, help="part wild takes the first so many edits")
+    parser.add_argument("--sample", type=int, default=200, help="so many prompts are asked one at a time")
     parser.add_argument("--json", type=Path, help="write what is printed to this file too")
     options = parser.parse_args()
     found: dict[str, Any] = {
@@ -218,6 +275,8 @@ def main() -> None:
             rows = [proof(name, options.epochs)[0] for _ in range(options.repeats)]
             middle = sorted(rows, key=lambda row: row["proof_over_edit"])[len(rows) // 2]
             found["proof"].append({**middle, "all": [row["proof_over_edit"] for row in rows]})
+    if "wild" in options.parts:
+        found["wild"] = wild(options.edits, options.limit, options.sample, options.repeats)
     text = json.dumps(found, indent=1)
     print(text)
     if options.json is not None:

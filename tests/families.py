@@ -102,7 +102,9 @@ AWKWARD = {  # every matrix of a block that can be is 32 × 32
 EXPERTS = {
     "mixtral": Family("MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
     "olmoe": Family("OlmoeConfig", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": Family("Qwen3MoeConfig", {**_GROUPED, "num_experts": 4, "moe_intermediate_size": 48}),
+    "qwen3_moe": Family(
+        "Qwen3MoeConfig", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    ),
 }
 _ALL = FAMILIES | AWKWARD | EXPERTS
 

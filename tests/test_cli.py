@@ -62,6 +62,26 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
     assert answers["one"] == "8" != answers["bundled"]
 
 
+def test_evaluate_by_one_protocol_or_all(work, capsys, monkeypatch):
+    monkeypatch.setattr("crispedit.jobs.has_tasks", lambda model: False)
+    found = {}
+    for protocol in ("wild", "teacher-forced", "all"):
+        command = ["evaluate", "bundled", "edits.json", "--base", "bundled", "--texts", "texts.txt"]
+        program(*command, "--protocol", protocol, "--json", "found.json")
+        found[protocol] = json.loads((work / "found.json").read_text())
+        said = capsys.readouterr().out
+        assert ("in context" in said) == (protocol != "teacher-forced")
+        assert ("teacher-forced" in said) == ("agreement with the base" in said) == (protocol != "wild")
+        assert "efficacy" not in said  # these edits are not CounterFact's
+    wild, forced, both = found.values()
+    assert both == wild | {name: forced[name] for name in ("teacher_forced", "teacher_forced_details")}
+    assert wild["teacher_forced"] is forced["no_context"] is forced["qa_context"] is None
+    assert both["teacher_forced"]["locality"] == both["no_context"]["locality"] == 100  # it knows what 2 plus 1 is
+    assert 0 < both["teacher_forced"]["reliability"] < 100
+    details = {"locality": "token accuracy", "agreement": 100, "efficacy": None, "paraphrase_efficacy": None}
+    assert both["teacher_forced_details"] == details
+
+
 def test_an_editors_settings_are_given_by_name_and_recorded(work, capsys):
     options = ["--set", "round_size=2", "--set", "lr=0.002", "--epochs", "12", "--no-eos"]
     program("edit", "bundled", "edits.json", "--out", "one", "--editor", "ft-seq:published", *options)

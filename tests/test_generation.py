@@ -8,8 +8,9 @@ import torch
 
 from crispedit import generation
 from crispedit.errors import EditsError
+from crispedit.judge import exact
 from crispedit.rows import Prompter
-from families import CHATML, FAMILIES, tiny_model, tiny_tokenizer
+from families import AWKWARD, CHATML, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
 PROMPTS = ["The sky is", "A", "Two and two make", "Who is Ada? She is", "A", "xyzzy!", "?", "to be or not to be"]
 
@@ -32,9 +33,13 @@ def one_by_one(model, prompter, prompt, max_new_tokens):
     return text.split("\n")[0].strip()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_batched_answers_equal_answers_one_by_one(name):
-    model, prompter = tiny_model(name), Prompter(tiny_tokenizer(pad=False))
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*FAMILIES, *AWKWARD, *EXPERTS])
+def test_batched_answers_equal_answers_one_by_one(name, side):
+    """Whatever side the tokenizer pads on, and whether it has a token to do so or not."""
+    tokenizer = tiny_tokenizer(pad=side == "right")
+    tokenizer.padding_side = side
+    model, prompter = tiny_model(name), Prompter(tokenizer)
     expected = [one_by_one(model, prompter, prompt, 12) for prompt in PROMPTS]
     assert len(set(expected)) > len(PROMPTS) // 2  # they differ, so that a mix-up would show
     for batch_tokens in (4096, 40, 1):
@@ -98,6 +103,73 @@ def test_an_answer_ends_at_the_end_of_sequence_or_its_line(script, options, expe
 )
 def test_a_line_break_ends_an_answer_unless_it_leads(merges, script, expected):
     assert ask(script, tokenizer=tiny_tokenizer(merges=tuple(merges))) == expected
+
+
+def published(script, tokenizer):
+    """The answer by the published rule: transformers' own stop strings, and each of them taken off the end once."""
+    eos = tokenizer.eos_token
+    out = scripted(tokenizer, script).generate(
+        **tokenizer(script[0], return_tensors="pt"),
+        max_new_tokens=generation.MAX_NEW_TOKENS,
+        do_sample=False,
+        use_cache=False,
+        stop_strings=[".", "\n", eos],
+        tokenizer=tokenizer,
+    )
+    text = tokenizer.decode(out[0, 2:])  # after <s> and the first character
+    for end in (".", "\n", eos):
+        text = text.removesuffix(end)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("merges", "script", "expected"),
+    [
+        ([], "?Rome</s>", "Rome"),
+        ([], "? Rome.</s>", "Rome"),
+        ([], "?St. Louis</s>", "St"),
+        ([], "?Rome\n.", "Rome"),
+        ([], "?\nRome</s>", ""),  # ours is "Rome"
+        ([], "?.Rome</s>", ""),
+        ([], "?abca", "abc" * 13 + "a"),
+        ([(".", "S")], "?U.S</s>", "U.S"),  # a period is not at the end of its token
+        ([(".", "Ċ")], "?Rome.\n", "Rome."),  # a period is not at the end of the text
+        ([("Ċ", "Ċ")], "?Rome\n\n", "Rome"),
+        ([("Ċ", "Q")], "?Rome\nQ", "Rome\nQ"),
+        ([(".", "."), ("..", ".")], "?So...</s>", "So.."),
+    ],
+)
+def test_the_published_rule_leaves_what_it_does_in_transformers(merges, script, expected):
+    """Blanks around the text are no part of what is judged."""
+    tokenizer = tiny_tokenizer(merges=tuple(merges))
+    assert ask(script, tokenizer=tokenizer, stop_at_period=True)[0] == expected
+    assert published(script, tokenizer).strip() == expected
+
+
+WITH_PERIOD = {  # the nine targets of the WikiBigEdit file that have one, and what the published rule leaves of them
+    "Chittoor V. Ramamoorthy": "Chittoor V",
+    "St. Eugenia's Church": "St",
+    "Harry Bernsen Jr.": "Harry Bernsen Jr",
+    "C. J. van Rijsbergen": "C",
+    "Robert G. Wright": "Robert G",
+    "Larry W. Finger": "Larry W",
+    "2. Bundesliga": "2",
+    "Creative Commons Attribution 4.0 International": "Creative Commons Attribution 4",
+    "St. Luke's Hospital": "St",
+}
+
+
+def test_of_nine_real_targets_the_published_rule_can_judge_one(bundled):
+    """A model that says exactly what it was taught is right in all of them by our rule."""
+    tokenizer, rule = bundled.tokenizer, {}
+    reader = generation._Reader(Prompter(tokenizer))
+    for target, left in WITH_PERIOD.items():
+        ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+        row = generation._Row((), generation.MAX_NEW_TOKENS)
+        reader.add(row, [*ids, tokenizer.eos_token_id])
+        rule[target] = [reader.answer(row, stop_at_period).text for stop_at_period in (False, True)]
+        assert rule[target] == [target, left]
+    assert [target for target, (_, left) in rule.items() if exact("", target, left)] == ["Harry Bernsen Jr."]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|eot_id|>"])

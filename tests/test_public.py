@@ -17,9 +17,9 @@ PACKAGE = ROOT / "src" / "crispedit"
 LAYERS = (
     "_version errors settings memory artifacts store progress isolated statistics bundled edits models texts "
     "threshold eigen moments patch spectrum subspace completion rotation updates factors description halves curvature "
-    "cache rows forward costs speed replay precision training editors generation judge wild capability checkpoint "
-    "adapter proof editing evaluation assumed session planning jobs demo plot tradeoff scatter comparing console "
-    "patch_cli session_cli cli"
+    "cache rows forward costs speed replay precision training editors generation judge wild teacher_forced capability "
+    "checkpoint adapter proof editing evaluation assumed session planning jobs demo plot tradeoff scatter comparing "
+    "console patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

@@ -135,7 +135,11 @@ CASES = {
     "plan in an unknown dtype": ("plan bundled good.json --dtype float8", "dtype is 'float8'"),
     "plan with unknown conflicts": ("plan bundled good.json --conflicts second", "conflicts is 'second'"),
     "plan with a chat template that is missing": ("plan bundled good.json --chat on", "no chat template"),
-    "unknown protocol": ("evaluate bundled good.json --protocol tame", "protocol is 'tame'"),
+    "unknown protocol": (
+        "evaluate bundled good.json --protocol tame",
+        "protocol is 'tame'; it must be wild, teacher-forced or all",
+    ),
+    "misspelt protocol": ("evaluate bundled good.json --protocol teacher_forced", "did you mean 'teacher-forced'?"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
     "JSON into a directory": ("evaluate bundled good.json --json full", "is a directory"),
     "comparison of an unknown editor": (COMPARE + "ft,crispedt", "did you mean 'crispedit'?"),

@@ -434,10 +434,12 @@ def evaluate(
     model: Model,
     edits: Edits,
     base: Annotated[str | None, typer.Option(help="The model before editing, for drift.")] = None,
-    protocol: Annotated[str, typer.Option(help="wild: free greedy answers.")] = "wild",
+    protocol: Annotated[str, typer.Option(help="wild (free greedy answers), teacher-forced, or all.")] = "wild",
     judge: Annotated[str, typer.Option(help="exact or contains.")] = "exact",
     texts: Texts = None,
-    stop_at_period: Annotated[bool, typer.Option("--stop-at-period", help="Cut answers at '.', as published.")] = False,
+    stop_at_period: Annotated[
+        bool, typer.Option("--stop-at-period", help="End answers at the first '.' or line break, as published.")
+    ] = False,
     limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -448,8 +450,6 @@ def evaluate(
 ) -> None:
     """Evaluate a model on edits and on its capabilities; with --base, against the model before editing."""
     _check_json(json)
-    if protocol != "wild":
-        raise ConfigError(f"protocol is '{protocol}'; it must be wild")
     from .jobs import evaluate_job
 
     with _bars() as progress:
@@ -457,6 +457,7 @@ def evaluate(
             model,
             edits,
             base=base,
+            protocol=protocol,
             judge=judge,
             texts=texts,
             limit=limit,
@@ -468,7 +469,8 @@ def evaluate(
         )
     from .console import print_evaluations
 
-    print_evaluations(f"{model} on {edits}, judge: {judge}", {"model": result})
+    judged = "" if result["no_context"] is None else f", judge: {judge}"
+    print_evaluations(f"{model} on {edits}{judged}", {"model": result})
     _write_json(json, result)
 
 

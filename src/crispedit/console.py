@@ -27,7 +27,7 @@ from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
 from .statistics import LEVEL
-from .tradeoff import ON_FRONT, Comparison
+from .tradeoff import KINDS, ON_FRONT, Comparison
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -136,23 +136,30 @@ def print_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     out.print(table)
 
 
-_SCORE_ROWS = [
-    ("reliability", "no_context"),
-    ("generalization", "no_context"),
-    ("locality", "no_context"),
-    ("reliability", "qa_context"),
-    ("generalization", "qa_context"),
-    ("locality", "qa_context"),
-]
-_CONTEXT_NAMES = {"no_context": "", "qa_context": ", in context"}
+_CONTEXT_NAMES = {"no_context": "", "qa_context": ", in context", "teacher_forced": ", teacher-forced"}
+_LOCALITY_NAMES = {"token accuracy": "", "likelihood": " by likelihood"}
+_DETAIL_NAMES = {
+    "agreement": "agreement with the base model, %",
+    "efficacy": "efficacy, new likelier than old, %",
+    "paraphrase_efficacy": "paraphrase efficacy, %",
+}
 
 
 def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
-    """Evaluations side by side, one column each."""
-    rows = [
-        [f"{kind}{_CONTEXT_NAMES[context]}, %", *(percent(e[context][kind]) for e in columns.values())]
-        for kind, context in _SCORE_ROWS
-    ]
+    """Evaluations of the same edits side by side, one column each."""
+    rows = []
+    for context, said in _CONTEXT_NAMES.items():
+        found = [e[context] for e in columns.values()]
+        if None not in found:
+            for kind in KINDS:
+                what = kind + said
+                if context == "teacher_forced" and kind == "locality":
+                    what += _LOCALITY_NAMES[next(iter(columns.values()))["teacher_forced_details"]["locality"]]
+                rows.append([f"{what}, %", *(percent(scores[kind]) for scores in found)])
+    for name, said in _DETAIL_NAMES.items():
+        values = [e.get("teacher_forced_details", {}).get(name) for e in columns.values()]
+        if any(value is not None for value in values):
+            rows.append([said, *map(percent, values)])
     if any(e["capability"]["loss"] is not None for e in columns.values()):
         rows.append(["drift, nats/token", *(number(e["capability"]["drift"]) for e in columns.values())])
         rows.append(["capability loss, nats/token", *(number(e["capability"]["loss"]) for e in columns.values())])

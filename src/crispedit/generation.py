@@ -1,5 +1,11 @@
 """Greedy answers from a model: batched, left-padded, stopped at the end of sequence or of the line.
 
+An answer ends at an end token of the model, at the first line break that follows something, or at the limit; what is
+judged is its first line. The published evaluation (WILD, Yang et al. 2025; CrispEdit, arXiv 2602.15823) stops at the
+first token with a period or a line break in it, and takes one of each, in this order, off the end of the text. Its
+tokens are the first ones of our answer, so that nothing is generated anew for it (``stop_at_period``); the text is the
+same but for blanks around it, and special tokens, which it keeps and ours does not.
+
 Greedy decoding leaves nothing to chance, so a guessed answer, a draft, is decided in one forward pass: where every
 token of it is the model's first choice after those before it, it is the answer; where not, what came before and the
 model's own choice are how the answer begins, and only the rest is generated. (Leviathan et al. 2023, arXiv 2211.17192,
@@ -98,8 +104,16 @@ class _Reader:
     def answer(self, row: _Row, stop_at_period: bool) -> Answer:
         """What a row that ended says: up to the end token, the first line with anything on it."""
         ids = row.new[:-1] if row.new and row.new[-1] in self.prompter.end_tokens else row.new
+        if stop_at_period:
+            return Answer(self._published(ids), tuple(row.new))
         text = str(self.prompter.tokenizer.decode(ids, skip_special_tokens=True)).lstrip().split("\n")[0]
-        return Answer((text.split(".")[0] if stop_at_period else text).strip(), tuple(row.new))
+        return Answer(text.strip(), tuple(row.new))
+
+    def _published(self, ids: Sequence[int]) -> str:
+        """What the published rule leaves: up to the token with the first period or line break, less one of each."""
+        ends = (count for count, token in enumerate(ids, 1) if not {".", "\n"}.isdisjoint(self._text(token)))
+        text = str(self.prompter.tokenizer.decode(ids[: next(ends, len(ids))], skip_special_tokens=True))
+        return text.removesuffix(".").removesuffix("\n").strip()
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
@@ -148,7 +162,8 @@ def answers(
             time; right ones save time, and wrong ones change nothing but that.
         batch_tokens: Most prompt tokens of a batch.
         max_new_tokens: Longest answer; an answer also ends where the model's context does.
-        stop_at_period: Also cut at the first ``.``, as the published evaluation does (it cuts "St. Louis").
+        stop_at_period: Give the text that the published stop rule leaves: "St" of "St. Louis", and nothing where a
+            line break leads. ``Answer.ids`` are those of the whole answer.
         what: Named in the progress.
         progress: Called after every batch with prompts answered.
 
@@ -213,16 +228,8 @@ def _take_drafts(model: Any, reader: _Reader, rows: dict[Ids, _Row], guesses: Ma
 
 def _first_choices(logits: RowLogits, chosen: Sequence[int]) -> Iterator[tuple[EditRow, list[int]]]:
     """Rows and the model's first choice for every token of their drafts."""
-    order = sorted(chosen, key=lambda index: logits.rows[index].ids)  # neighbours share the most
-    while order:
-        ends = itertools.accumulate(len(logits.rows[index].ids) for index in order)
-        count = max(1, sum(end <= DRAFT_TOKENS for end in ends))
-        batch, order = order[:count], order[count:]
-        choices = logits(batch)[0].argmax(-1).tolist()
-        for row in (logits.rows[index] for index in batch):
-            size = len(row.ids) - row.prompt_length
-            yield row, choices[:size]
-            choices = choices[size:]
+    for row, choices in logits.by_row(chosen, DRAFT_TOKENS, lambda logits, _: logits.argmax(-1)):
+        yield row, choices.tolist()
 
 
 def _generate(model: Any, reader: _Reader, rows: Sequence[_Row]) -> None:

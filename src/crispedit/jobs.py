@@ -21,7 +21,7 @@ from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
 from .edits import Edit, EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
-from .evaluation import evaluate
+from .evaluation import check_protocol, evaluate
 from .generation import BATCH_TOKENS
 from .halves import token_halves
 from .judge import find_judge
@@ -501,6 +501,7 @@ def evaluate_job(
     edits: str,
     *,
     base: str | None = None,
+    protocol: str = "wild",
     judge: str = "exact",
     texts: Path | None = None,
     limit: int | None = None,
@@ -516,19 +517,21 @@ def evaluate_job(
         model: What to evaluate.
         edits: Path or bundled split.
         base: The model before editing.
+        protocol: ``wild``, ``teacher-forced`` or ``all``.
         judge: ``exact`` or ``contains``.
         texts: For drift; those that ``crispedit.json`` names when omitted.
         limit: The first N edits.
         chat: Whether prompts go through the chat template.
         conflicts: What to do with one prompt and several targets.
-        stop_at_period: Also cut answers at the first period.
+        stop_at_period: Judge what the published stop rule leaves of an answer.
         options: For :func:`crispedit.models.load_model`.
         progress: Called during every longer step.
 
     Returns:
         The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`.
     """
-    find_judge(judge)  # before anything is loaded
+    check_protocol(protocol)  # before anything is loaded
+    find_judge(judge)
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
@@ -539,6 +542,7 @@ def evaluate_job(
         loaded.tokenizer,
         edit_set,
         base=base_model,
+        protocol=protocol,  # type: ignore[arg-type]  # checked above
         texts=chosen,
         tasks=has_tasks(loaded.model),
         judge=judge,

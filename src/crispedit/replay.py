@@ -10,9 +10,10 @@ What is replayed is compared with the whole model on real rows, with weights tha
 less is replayed: from the input of the first edited block (``block``), or nothing (``targets``, ``whole``).
 """
 
+import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -110,6 +111,28 @@ class RowLogits:
         else:
             logits = (whole_logits if self.start == "whole" else target_logits)(self.model, batch)
         return logits, batch.labels.to(logits.device)
+
+    def by_row(
+        self, chosen: Sequence[int], batch_tokens: int, of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[EditRow, Tensor]]:
+        """What a function makes of the logits of rows, which are run in batches of rows that share the most.
+
+        Args:
+            chosen: Indices of the rows.
+            batch_tokens: Most tokens of a batch (one row longer than that stands alone).
+            of: From logits (targets, vocabulary) and labels (targets,) to a value or several per target.
+
+        Yields:
+            Every row with the values of its targets, on the CPU.
+        """
+        order = sorted(chosen, key=lambda index: self.rows[index].ids)
+        while order:
+            ends = itertools.accumulate(len(self.rows[index].ids) for index in order)
+            count = max(1, sum(end <= batch_tokens for end in ends))
+            batch, order = order[:count], order[count:]
+            rows = [self.rows[index] for index in batch]
+            values = torch.split(of(*self(batch)).cpu(), [row.num_targets for row in rows])
+            yield from zip(rows, values, strict=True)
 
 
 def _collated(model: Any, rows: Sequence[EditRow], pair_cost: float | None = None) -> RowBatch:

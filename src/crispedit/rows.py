@@ -27,6 +27,11 @@ class EditRow:
     prompt_length: int
 
     @property
+    def targets(self) -> tuple[int, ...]:
+        """The tokens that carry loss."""
+        return self.ids[self.prompt_length :]
+
+    @property
     def num_targets(self) -> int:
         """How many tokens carry loss."""
         return len(self.ids) - self.prompt_length

@@ -20,6 +20,8 @@ from .rows import Prompter
 CONTEXTS = ("no_context", "qa_context")
 
 Scores = dict[str, float | None]
+Prompt = str | tuple[tuple[str, str], ...]
+"""Text, or a conversation as (role, content) turns."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Question:
 
     edit: int
     kind: str
-    prompt: str | tuple[tuple[str, str], ...]
+    prompt: Prompt
     expected: str | None
 
 
@@ -42,7 +44,7 @@ def questions(edits: Sequence[Edit]) -> list[Question]:
     return found
 
 
-def in_context(prompt: str | tuple[tuple[str, str], ...], context: str) -> str | tuple[tuple[str, str], ...]:
+def in_context(prompt: Prompt, context: str) -> Prompt:
     """A prompt as the context puts it; in a conversation, its last turn."""
     if context == "no_context":
         return prompt
@@ -66,17 +68,22 @@ def expected_drafts(prompter: Prompter, asked: Sequence[Question], context: str)
     return [_drafts(prompter, in_context(question.prompt, context), question.expected) for question in asked]
 
 
-def _drafts(prompter: Prompter, prompt: str | tuple[tuple[str, str], ...], answer: str | None) -> list[Ids]:
+def _drafts(prompter: Prompter, prompt: Prompt, answer: str | None) -> list[Ids]:
     if answer is None:
         return []
-    turns = () if isinstance(prompt, str) else prompt
-    text = prompt if isinstance(prompt, str) else prompt[-1][1]
     try:
-        row = prompter.row(Edit(prompt=text, target=answer, turns=turns))
+        row = prompter.row(as_edit(prompt, answer))
     except EditsError:  # an answer without a token of its own
         return []
     # where the answer merges with the end of the prompt, it is no continuation of the prompt's tokens
-    return [row.ids[row.prompt_length :]] if row.ids[: row.prompt_length] == prompter.prompt(prompt) else []
+    return [row.targets] if row.ids[: row.prompt_length] == prompter.prompt(prompt) else []
+
+
+def as_edit(prompt: Prompt, answer: str, row: int = 0) -> Edit:
+    """The edit that would teach a model to answer a prompt so: its row is the prompt and the answer as tokens."""
+    if isinstance(prompt, str):
+        return Edit(prompt=prompt, target=answer, row=row)
+    return Edit(prompt=prompt[-1][1], target=answer, turns=prompt, row=row)
 
 
 def ask(
