@@ -52,6 +52,12 @@ class Answer:
     ids: Ids
 
 
+def cut(text: str, stop_at_period: bool) -> str:
+    """The first line with anything on it, stripped; with ``stop_at_period`` only up to the first ``.``."""
+    line = text.lstrip().split("\n")[0]
+    return (line.split(".")[0] if stop_at_period else line).strip()
+
+
 @dataclass
 class _Row:
     """A prompt and what is known of its answer: ``begun`` once anything but blanks was said."""
@@ -98,8 +104,8 @@ class _Reader:
     def answer(self, row: _Row, stop_at_period: bool) -> Answer:
         """What a row that ended says: up to the end token, the first line with anything on it."""
         ids = row.new[:-1] if row.new and row.new[-1] in self.prompter.end_tokens else row.new
-        text = str(self.prompter.tokenizer.decode(ids, skip_special_tokens=True)).lstrip().split("\n")[0]
-        return Answer((text.split(".")[0] if stop_at_period else text).strip(), tuple(row.new))
+        text = str(self.prompter.tokenizer.decode(ids, skip_special_tokens=True))
+        return Answer(cut(text, stop_at_period), tuple(row.new))
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
