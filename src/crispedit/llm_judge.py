@@ -40,15 +40,16 @@ def make_judge(
         ConfigError: There is no such judge, or its options do not fit it.
     """
     if "://" not in name:
-        given = {"--judge-model": model, "--judge-key-variable": key_variable, "--judge-concurrency": concurrency}
-        for option, value in given.items():
-            if value is not None:
-                raise ConfigError(f"{option} is for a language model as the judge: give --judge URL")
         if name not in JUDGES and set(":/.") & set(name):
             raise ConfigError(
                 f"judge is '{name}'; it must be {', '.join(JUDGES)}, or an address such as http://localhost:8000/v1"
             )
-        return find_judge(name)
+        judge = find_judge(name)
+        given = {"--judge-model": model, "--judge-key-variable": key_variable, "--judge-concurrency": concurrency}
+        for option, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{option} is for a language model as the judge: give --judge URL")
+        return judge
     if not (model or "").strip():
         raise ConfigError("--judge-model is missing: the judge's name at that server")
     concurrency = CONCURRENCY if concurrency is None else concurrency
@@ -82,8 +83,8 @@ class LlmJudge:
 
     @property
     def name(self) -> str:
-        """Model and address."""
-        return f"{self.model} at {self.endpoint.url}"
+        """The model's."""
+        return self.model
 
     def about(self) -> dict[str, Any]:
         """Address and model, and the counts of all calls so far.
@@ -150,7 +151,7 @@ class LlmJudge:
             f"{calls:,} calls, about {tokens:,} tokens in ({TOKEN_CHARACTERS} characters each) and at most "
             f"{calls * REPLY_TOKENS:,} out"
         )
-        return f"judge {self.name}: {known}; {cost if calls else 'no calls'}"
+        return f"judge {self.model} at {self.endpoint.url}: {known}; {cost if calls else 'no calls'}"
 
     def _ask(self, missing: Sequence[tuple[str, Case]], replies: Replies, progress: Progress) -> dict[str, str]:
         """Replies to cases that are not in the cache, by key; what failed for good is not among them."""
