@@ -162,7 +162,7 @@ def test_a_check_is_content_with_any_server():
 
 def test_the_key_is_sent_and_never_shown(monkeypatch, caplog):
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
-    echo = Reply({"error": {"message": f"bad key {KEY} in your request"}}, 400)
+    echo = Reply({"error": {"message": f"bad key\n\x1b[31m{KEY} in your request"}}, 400)
     refused = Reply({"error": {"message": f"wrong key: {KEY[:8]}***{KEY[-4:]}"}}, 401)
     with serving(in_turn(GOOD, echo, refused)) as server:
         options = {"key_variable": "MY_KEY"}
@@ -174,7 +174,7 @@ def test_the_key_is_sent_and_never_shown(monkeypatch, caplog):
                 ask(server.url, **options)
             errors.append(str(error.value))
         assert errors == [
-            f"{server.url}/v1: 400 Bad Request: bad key … in your request",
+            f"{server.url}/v1: 400 Bad Request: bad key [31m… in your request",
             f"{server.url}/v1 refuses the key in MY_KEY (401)",
         ]
         assert KEY not in repr(Endpoint(server.url, **options))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from crispedit.errors import EditsError, EndpointError
 from crispedit.evaluation import evaluate_live
 from crispedit.generation import answers
 from crispedit.jobs import read_edits
+from crispedit.judge import Case
 from crispedit.live import LiveModel
+from crispedit.llm_judge import LlmJudge
 from crispedit.models import model_directory
 from crispedit.rows import Prompter
 from crispedit.wild import QA_CONTEXT, in_context, questions
@@ -214,19 +217,26 @@ def test_one_clear_line_before_anything_is_asked(options, said, work, capsys, mo
     reason="transformers serve needs fastapi, uvicorn and openai: pip install 'transformers[serving]'",
 )
 def test_transformers_serve_answers_as_the_model_in_memory_does(bundled, tmp_path):
-    """The same answers to the same prompts, at a server that others have written; the model in memory is asked one
-    thing at a time, without drafts."""
-    port, log = closed_port(), tmp_path / "serve.log"
+    """The same answers to the same prompts, over both routes, at a server that others have written and that refuses
+    fields which it does not know; the model in memory is asked one thing at a time, without drafts."""
+    directory, log = str(tmp_path / "served"), tmp_path / "serve.log"
+    shutil.copytree(model_directory("bundled"), directory)
+    about = json.loads((tmp_path / "served" / "tokenizer_config.json").read_text())
+    about["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"  # the prompt as it is
+    (tmp_path / "served" / "tokenizer_config.json").write_text(json.dumps(about))
+    port = closed_port()
     command = "from transformers.cli.transformers import main; main()"
-    arguments = ["serve", model_directory("bundled"), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    arguments = ["serve", directory, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     with log.open("w") as file:
         server = subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=file, stderr=file, env=os.environ)
         try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(f"{url}/health", server, log)
-            asked = questions(read_edits("bundled:demo", limit=8))
-            live = LiveModel(endpoint=Endpoint(url, patience=Patience(timeout=300)), name=model_directory("bundled"))
-            given = live.answer_questions(asked)
+            wait_for(f"http://127.0.0.1:{port}/health", server, log)
+            endpoint = Endpoint(f"http://127.0.0.1:{port}", patience=Patience(timeout=300))
+            asked = questions(read_edits("bundled:demo", limit=6))
+            given = LiveModel(endpoint=endpoint, name=directory).answer_questions(asked)
+            in_chat = LiveModel(endpoint=endpoint, name=directory, api="chat").answer_questions(asked)
+            judge = LlmJudge(endpoint, directory)
+            verdicts = judge([Case("Who?", "Ann", "Ann")])
         finally:
             server.terminate()
             server.wait()
@@ -235,6 +245,13 @@ def test_transformers_serve_answers_as_the_model_in_memory_does(bundled, tmp_pat
         prompts = [in_context(question.prompt, context) for question in asked]
         assert found == [answers(bundled.model, prompter, [prompt])[0].text for prompt in prompts]
         assert all(found), "an answer is empty"
+    assert in_chat == given
+    assert verdicts == [None], "the bundled model does not know how to judge"
+    assert judge.about() | {"prompt": ""} == {
+        "name": "llm", "model": directory, "endpoint": endpoint.url, "prompt": "", "distinct": 1, "from_cache": 0,
+        "calls": 1, "failed": 0, "unreadable": 1, "tokens": judge.about()["tokens"],
+    }  # fmt: skip
+    assert judge.about()["tokens"]["output"] <= 16 < judge.about()["tokens"]["input"]
 
 
 def wait_for(url: str, server: subprocess.Popen, log) -> None:

@@ -28,6 +28,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 ROUTES = ("/chat/completions", "/completions")
 _MOST_BYTES = 4 << 20
 """Of a reply: a server that sends more is not answering the question."""
+_CHECK_SECONDS = 15.0
+"""To find out whether a server is there."""
 _TRANSIENT = {408, 425, 429}
 """Statuses below 500 after which the same request may succeed."""
 
@@ -126,7 +128,7 @@ class Endpoint:
             EndpointError: It cannot be reached, refuses the key, or redirects.
         """
         try:
-            self._send("/models", None)
+            self._send("/models", None, min(_CHECK_SECONDS, self.patience.timeout))
         except urllib.error.URLError as error:
             raise EndpointError(f"cannot reach {self.url}: {_reason(error)}") from None
         except (CallFailed, _NotFound, _Transient, OSError, http.client.HTTPException):
@@ -170,7 +172,7 @@ class Endpoint:
     def _attempt(self, route: str, data: bytes, read: Callable[[Any], T]) -> T:
         """One request; everything that may pass is ``_Transient``."""
         try:
-            body = self._send(route, data)
+            body = self._send(route, data, self.patience.timeout)
         except TimeoutError:
             raise _Transient(f"no reply within {self.patience.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
@@ -184,14 +186,14 @@ class Endpoint:
         except (LookupError, TypeError, ValueError):
             raise _Transient(f"the reply is not what {route} replies: {self._excerpt(body)}") from None
 
-    def _send(self, route: str, data: bytes | None) -> bytes:
+    def _send(self, route: str, data: bytes | None, timeout: float) -> bytes:
         """The body of the reply to one request."""
         headers = {"Content-Type": "application/json", "User-Agent": f"crispedit/{__version__}"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url + route, data, headers)
         try:
-            with self._opener.open(request, timeout=self.patience.timeout) as response:
+            with self._opener.open(request, timeout=timeout) as response:
                 body: bytes = response.read(_MOST_BYTES)
                 return body
         except urllib.error.HTTPError as error:
@@ -205,13 +207,13 @@ class Endpoint:
             key = f"refuses the key in {self.key_variable}" if self._key else f"wants a key: set {self.key_variable}"
             raise EndpointError(f"{self.url} {key} ({status})")
         if 300 <= status < 400:
-            where = self._hide(error.headers.get("Location") or "another address")
+            where = self._line(error.headers.get("Location") or "another address")
             raise EndpointError(f"{self.url} redirects to {where}: give that address")
         try:
             body = error.read(_MOST_BYTES)
         except (OSError, http.client.HTTPException):
             body = b""
-        said = f"{status} {error.reason}" + (f": {self._excerpt(body)}" if body.strip() else "")
+        said = self._line(f"{status} {error.reason}") + (f": {self._excerpt(body)}" if body.strip() else "")
         if status == 404:
             raise _NotFound(f"{self.url} has no such model, or is no such address ({said})")
         if status in _TRANSIENT or status >= 500:
@@ -219,7 +221,7 @@ class Endpoint:
         raise CallFailed(f"{self.url}: {said}")
 
     def _excerpt(self, body: bytes) -> str:
-        """What the server says, in a line without the key."""
+        """What the server says went wrong, or what it says at all."""
         text = body.decode(errors="replace")
         try:
             said = json.loads(text)
@@ -228,11 +230,13 @@ class Endpoint:
             text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
         except ValueError:
             pass
-        text = " ".join(self._hide(text).split())
+        text = self._line(text)
         return text if len(text) <= 200 else text[:200] + " …"
 
-    def _hide(self, text: str) -> str:
-        return text.replace(self._key, "…") if self._key else text
+    def _line(self, text: str) -> str:
+        """A server's words on one line, without the key and without what a terminal would act on."""
+        text = text.replace(self._key, "…") if self._key else text
+        return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 _SAYING = ("error", "message", "detail")
