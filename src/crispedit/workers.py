@@ -59,9 +59,9 @@ def ask_all(
                 answered.put((number, ask(questions[number], sleep)))
             except CallFailed as error:
                 answered.put((number, error))
-            except Exception as error:  # whoever waits for the answer must hear of it
-                ended.set()
+            except Exception as error:  # whoever waits for the answer must hear of it, and before what it ends
                 answered.put((number, error))
+                ended.set()
 
     for _ in range(min(concurrency, len(questions))):
         threading.Thread(target=work, daemon=True).start()
