@@ -57,11 +57,13 @@ def ask_all(
                 return
             try:
                 answered.put((number, ask(questions[number], sleep)))
+            except _Ended:
+                return
             except CallFailed as error:
                 answered.put((number, error))
-            except Exception as error:  # whoever waits for the answer must hear of it, and before what it ends
-                answered.put((number, error))
+            except Exception as error:  # whoever waits for the answer must hear of it
                 ended.set()
+                answered.put((number, error))
 
     for _ in range(min(concurrency, len(questions))):
         threading.Thread(target=work, daemon=True).start()
