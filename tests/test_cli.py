@@ -47,7 +47,8 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
 
     program("evaluate", "one", "edits.json", "--base", "bundled", "--json", "evaluation.json")
     evaluation = json.loads((work / "evaluation.json").read_text())
-    assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "capability"}
+    assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "judge", "capability"}
+    assert evaluation["judge"]["unjudged"] == 0
     assert evaluation["no_context"]["reliability"] == 100
     assert evaluation["capability"]["drift"] == pytest.approx(record["metrics"]["capability"]["drift"], rel=1e-3)
     assert set(evaluation["capability"]["tasks"]) == {

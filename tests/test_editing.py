@@ -13,7 +13,7 @@ from crispedit.errors import ArtifactError, EditFailed
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import edit_matrices, load_model
 from crispedit.rows import Prompter
-from crispedit.wild import answer_edits, ask, mean_scores
+from crispedit.wild import answer_questions, ask, questions, score
 from families import FAMILIES, tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -147,10 +147,9 @@ def test_answers_are_not_asked_again_where_nothing_was_rounded(bundled, monkeypa
         model = load_model("bundled").model
         result = edit(model, bundled.tokenizer, ROWS, energy=0, epochs=2, stored_dtype=stored)
         assert len(asked) == times
-        found, _ = answer_edits(model, Prompter.of(model, bundled.tokenizer), edits_from_rows(ROWS))
-        assert result.metrics["after"] == mean_scores(found["no_context"]) | {
-            "locality": result.metrics["after"]["locality"]
-        }
+        asked_now = questions(edits_from_rows(ROWS))
+        given = answer_questions(model, Prompter.of(model, bundled.tokenizer), asked_now)["no_context"]
+        assert result.metrics["after"] == score(asked_now, given) | {"locality": result.metrics["after"]["locality"]}
 
 
 def test_an_edit_that_is_known_already_is_an_error(bundled):

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
-    "_version errors settings memory artifacts store progress isolated statistics bundled edits models texts "
-    "threshold eigen moments patch spectrum subspace completion rotation updates factors description halves curvature "
-    "cache rows forward costs speed replay precision training editors generation judge wild teacher_forced capability "
-    "checkpoint adapter proof editing evaluation assumed session planning jobs demo plot tradeoff scatter comparing "
-    "console patch_cli session_cli cli"
+    "_version errors settings memory artifacts store progress isolated statistics endpoint workers replies bundled "
+    "edits models texts threshold eigen moments patch spectrum subspace completion rotation updates factors "
+    "description halves curvature cache rows forward costs speed replay precision training editors generation judge "
+    "grading llm_judge wild teacher_forced live capability checkpoint adapter proof editing evaluation assumed "
+    "session planning jobs demo plot tradeoff scatter comparing console patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

@@ -2,7 +2,7 @@
 
 An entry is a curvature directory, or a JSON file that points to one elsewhere. Its name is a hash of all that its
 factors depend on (:func:`crispedit.curvature.content_key`). The cache lies in ``CRISPEDIT_CACHE``, else in
-``~/.cache/crispedit``; beside the curvatures lie the states of passes under way.
+``~/.cache/crispedit``; beside the curvatures lie the states of passes under way and the replies of judges.
 """
 
 import os
@@ -21,6 +21,11 @@ def cache_directory() -> Path:
     """Where curvatures are kept."""
     root = os.environ.get("CRISPEDIT_CACHE") or Path.home() / ".cache" / "crispedit"
     return Path(root) / "curvature"
+
+
+def replies_file() -> Path:
+    """Where the replies of judges are kept."""
+    return cache_directory().with_name("judges") / "replies.sqlite"
 
 
 def passes_directory() -> Path:

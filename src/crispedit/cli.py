@@ -435,7 +435,22 @@ def evaluate(
     edits: Edits,
     base: Annotated[str | None, typer.Option(help="The model before editing, for drift.")] = None,
     protocol: Annotated[str, typer.Option(help="wild (free greedy answers), teacher-forced, or all.")] = "wild",
-    judge: Annotated[str, typer.Option(help="exact or contains.")] = "exact",
+    judge: Annotated[str, typer.Option(help="exact, contains, or URL of an OpenAI-compatible server.")] = "exact",
+    judge_model: Annotated[str | None, typer.Option(help="With a URL, the judge's name at that server.")] = None,
+    judge_key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the judge's key; OPENAI_API_KEY by default.")
+    ] = None,
+    judge_concurrency: Annotated[int | None, typer.Option(help="Calls of the judge at once; 8 by default.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask a live OpenAI-compatible server; MODEL is the model's name there.")
+    ] = None,
+    endpoint_api: Annotated[
+        str | None, typer.Option(help="How it is asked: completions (the default) or chat.")
+    ] = None,
+    endpoint_key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with its key; OPENAI_API_KEY by default.")
+    ] = None,
+    endpoint_concurrency: Annotated[int | None, typer.Option(help="Calls to it at once; 8 by default.")] = None,
     texts: Texts = None,
     stop_at_period: Annotated[
         bool, typer.Option("--stop-at-period", help="End answers at the first '.' or line break, as published.")
@@ -450,27 +465,36 @@ def evaluate(
 ) -> None:
     """Evaluate a model on edits and on its capabilities; with --base, against the model before editing."""
     _check_json(json)
-    from .jobs import evaluate_job
+    live_options: dict[str, Any] = {
+        "api": endpoint_api,
+        "key_variable": endpoint_key_variable,
+        "concurrency": endpoint_concurrency,
+    }
+    _check_endpoint(endpoint, live_options, texts, chat)
+    from .jobs import evaluate_job, evaluate_live_job
+    from .live import LiveModel
+    from .llm_judge import make_judge
 
     with _bars() as progress:
-        result = evaluate_job(
-            model,
-            edits,
-            base=base,
-            protocol=protocol,
-            judge=judge,
-            texts=texts,
-            limit=limit,
-            chat=chat,
-            conflicts=conflicts,
-            stop_at_period=stop_at_period,
-            options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
-            progress=progress,
-        )
-    from .console import print_evaluations
+        decide = make_judge(judge, model=judge_model, key_variable=judge_key_variable, concurrency=judge_concurrency)
+        shared: dict[str, Any] = {
+            "base": base,
+            "judge": decide,
+            "limit": limit,
+            "conflicts": conflicts,
+            "stop_at_period": stop_at_period,
+            "options": {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
+            "progress": progress,
+        }
+        if endpoint is None:
+            result = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, **shared)
+        else:
+            result = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
+    from .console import print_evaluations, print_judged
 
-    judged = "" if result["no_context"] is None else f", judge: {judge}"
+    judged = "" if result["no_context"] is None else f", judge: {decide.name}"
     print_evaluations(f"{model} on {edits}{judged}", {"model": result})
+    print_judged(result["judge"])
     _write_json(json, result)
 
 
@@ -502,6 +526,20 @@ def ask(
 
     print_table(prompt, ["model", "answer"], [[name, answer or "(empty)"] for name, answer in given.items()])
     _write_json(json, {"prompt": prompt, "answers": given})
+
+
+def _check_endpoint(endpoint: str | None, options: dict[str, Any], texts: Path | None, chat: str) -> None:
+    """Refuses options that would do nothing, with a live server and without one."""
+    if endpoint is None:
+        for name, value in options.items():
+            if value is not None:
+                raise ConfigError(f"--endpoint-{name.replace('_', '-')} is for a live server: give --endpoint URL")
+    elif texts is not None:
+        raise ConfigError("--texts is for drift, which a live server cannot be measured for; leave it out")
+    elif chat != "auto":
+        raise ConfigError(
+            f"--chat is '{chat}', but a live server has its own template: give --endpoint-api chat or not"
+        )
 
 
 def _load(name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":

@@ -61,7 +61,7 @@ from .rows import Prompter
 from .scatter import draw_comparison
 from .texts import CapabilityTexts
 from .tradeoff import BASE, Comparison, Row
-from .wild import questions, score_items
+from .wild import judge_answers, questions
 
 ABOUT, ROWS, TABLE, RESULTS, PLOT = "comparison.json", "rows", "table.md", "results.json", "tradeoff.png"
 
@@ -439,9 +439,8 @@ def measure_row(task: dict[str, Any], progress: Progress) -> dict[str, Any]:
     )
     if job.editor == BASE and any(near.answer is None for edit in edits for near in edit.locality):
         record["answers"] = found.answers  # right is what the base model says
-        asked, judge = questions(edits), find_judge(task["judge"])
-        scores = {context: score_items(asked, given, judge, given) for context, given in found.answers.items()}
-        found = replace(found, edits=scores)
+        scores, judged = judge_answers(questions(edits), found.answers, find_judge(task["judge"]), found.answers)
+        found = replace(found, edits=scores, judged=judged)
     record["seconds"] |= {
         "evaluation": round(time.monotonic() - started, 2),
         "processor": round(time.process_time(), 2),  # of all the row, whatever else the machine had to do
@@ -474,7 +473,7 @@ def _items(found: Evaluation, count: int) -> dict[str, Any]:
             context: {kind: [of_kind.get(edit) for edit in range(count)] for kind, of_kind in items.items()}
             for context, items in found.edits.items()
         },
-        "tasks": {name: asdict(items) for name, items in found.tasks.items()},
+        "tasks": {name: asdict(items) for name, items in (found.tasks or {}).items()},
         "texts": {name: values.tolist() for name, values in vars(found.texts).items()} if found.texts else None,
     }
 

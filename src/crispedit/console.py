@@ -163,12 +163,33 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
     if any(e["capability"]["loss"] is not None for e in columns.values()):
         rows.append(["drift, nats/token", *(number(e["capability"]["drift"]) for e in columns.values())])
         rows.append(["capability loss, nats/token", *(number(e["capability"]["loss"]) for e in columns.values())])
-    tasks = list(dict.fromkeys(task for e in columns.values() for task in e["capability"]["tasks"]))
-    for task in tasks:
-        rows.append(
-            [f"{task.replace('_', ' ')}, %", *(percent(e["capability"]["tasks"].get(task)) for e in columns.values())]
-        )
+    scores = [e["capability"]["tasks"] or {} for e in columns.values()]
+    for task in dict.fromkeys(task for of_model in scores for task in of_model):
+        rows.append([f"{task.replace('_', ' ')}, %", *(percent(of_model.get(task)) for of_model in scores)])
+    judged = [e["judge"] for e in columns.values()]
+    if any(about["name"] != "exact" for about in judged):
+        rows.append(["answers judged", *(f"{about['cases'] - about['unjudged']:,}" for about in judged)])
+        rows.append(["answers not judged", *(f"{about['unjudged']:,}" for about in judged)])
+        rows.append(["agreement with exact match, %", *(percent(about["agreement_with_exact"]) for about in judged)])
     print_table(title, ["", *columns], rows)
+
+
+def print_judged(about: dict[str, Any]) -> None:
+    """Where a judge and exact match differ; of answers that were not judged, why."""
+    if about["name"] == "exact":
+        return
+    both, judge, exact, neither = about["beside_exact"].values()
+    out.print(
+        f"right to both the judge and exact match: {both:,}; to the judge alone: {judge:,}; "
+        f"to exact match alone: {exact:,}; to neither: {neither:,}",
+        soft_wrap=True,
+    )
+    if about["unjudged"]:
+        out.print(
+            f"{about['unjudged']:,} answers were not judged and are in no score: of the distinct cases among them, "
+            f"{about['unreadable']:,} had a reply that is no verdict, and {about['failed']:,} a call that failed",
+            soft_wrap=True,
+        )
 
 
 def print_curvature(curvature: Curvature) -> None:

@@ -6,6 +6,7 @@
     │   ├── EditsError           the file of edits
     │   ├── TextsError           the capability texts
     │   ├── ModelError           the model or its tokenizer
+    │   ├── EndpointError        a server that judges answers or answers prompts
     │   └── ArtifactError        a directory that crispedit wrote, or is asked to write
     ├── EditFailed               status 1: nothing changed, the loss did not fall, the model cannot be saved
     │   └── NumericsError        a number that is not finite
@@ -44,6 +45,10 @@ class TextsError(InputError):
 
 class ModelError(InputError):
     """The model or its tokenizer cannot be loaded or edited."""
+
+
+class EndpointError(InputError):
+    """A server cannot be used: not reached, it refuses the key or the request, or it failed for good."""
 
 
 class ArtifactError(InputError):

@@ -15,6 +15,7 @@ batchings.
 """
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,20 @@ class Answer:
 
     text: str
     ids: Ids
+
+
+def cut(text: str, stop_at_period: bool) -> str:
+    """What counts of an answer of which only the text is known, stripped.
+
+    Args:
+        text: The answer.
+        stop_at_period: Whether it is cut before its first period or line break; else it is its first line with
+            anything on it.
+
+    Returns:
+        A part of it.
+    """
+    return (re.split(r"[.\n]", text)[0] if stop_at_period else text.lstrip().split("\n")[0]).strip()
 
 
 @dataclass
@@ -104,10 +119,8 @@ class _Reader:
     def answer(self, row: _Row, stop_at_period: bool) -> Answer:
         """What a row that ended says: up to the end token, the first line with anything on it."""
         ids = row.new[:-1] if row.new and row.new[-1] in self.prompter.end_tokens else row.new
-        if stop_at_period:
-            return Answer(self._published(ids), tuple(row.new))
-        text = str(self.prompter.tokenizer.decode(ids, skip_special_tokens=True)).lstrip().split("\n")[0]
-        return Answer(text.strip(), tuple(row.new))
+        text = str(self.prompter.tokenizer.decode(ids, skip_special_tokens=True))
+        return Answer(self._published(ids) if stop_at_period else cut(text, False), tuple(row.new))
 
     def _published(self, ids: Sequence[int]) -> str:
         """What the published rule leaves: up to the token with the first period or line break, less one of each."""

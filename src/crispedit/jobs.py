@@ -21,10 +21,11 @@ from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
 from .edits import Edit, EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
-from .evaluation import check_protocol, evaluate
+from .evaluation import answers_of_base, check_protocol, evaluate, evaluate_live, needs_base_answers
 from .generation import BATCH_TOKENS
 from .halves import token_halves
-from .judge import find_judge
+from .judge import Judge
+from .live import LiveModel
 from .memory import free_memory, resident_bytes
 from .models import (
     BUNDLED,
@@ -502,7 +503,7 @@ def evaluate_job(
     *,
     base: str | None = None,
     protocol: str = "wild",
-    judge: str = "exact",
+    judge: Judge,
     texts: Path | None = None,
     limit: int | None = None,
     chat: str = "auto",
@@ -518,7 +519,7 @@ def evaluate_job(
         edits: Path or bundled split.
         base: The model before editing.
         protocol: ``wild``, ``teacher-forced`` or ``all``.
-        judge: ``exact`` or ``contains``.
+        judge: Says which answers are right.
         texts: For drift; those that ``crispedit.json`` names when omitted.
         limit: The first N edits.
         chat: Whether prompts go through the chat template.
@@ -531,7 +532,6 @@ def evaluate_job(
         The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`.
     """
     check_protocol(protocol)  # before anything is loaded
-    find_judge(judge)
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
@@ -549,6 +549,51 @@ def evaluate_job(
         chat=chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
         stop_at_period=stop_at_period,
         progress=progress,
+    )
+
+
+def evaluate_live_job(
+    live: LiveModel,
+    edits: str,
+    *,
+    base: str | None = None,
+    judge: Judge,
+    limit: int | None = None,
+    conflicts: str = "error",
+    stop_at_period: bool = False,
+    options: dict[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """``crispedit evaluate --endpoint``: evaluates a model behind a server.
+
+    Args:
+        live: What to evaluate.
+        edits: Path or bundled split.
+        base: The model before editing, for locality prompts without an answer; it is asked here, not there.
+        judge: Says which answers are right.
+        limit: The first N edits.
+        conflicts: What to do with one prompt and several targets.
+        stop_at_period: Also cut answers at the first period.
+        options: For :func:`crispedit.models.load_model`, of the base.
+        progress: Called during every longer step.
+
+    Returns:
+        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate_live`.
+    """
+    edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
+    base_answers = None
+    if base is not None and needs_base_answers(edit_set):
+        loaded = load_edited(base, **(options or {}))
+        base_answers = answers_of_base(
+            loaded.model,
+            loaded.tokenizer,
+            edit_set,
+            chat="off" if live.api == "completions" else "auto",
+            stop_at_period=stop_at_period,
+            progress=progress,
+        )
+    return evaluate_live(
+        live, edit_set, base_answers=base_answers, judge=judge, stop_at_period=stop_at_period, progress=progress
     )
 
 

@@ -5,7 +5,7 @@ rephrases, locality the share of unrelated prompts still answered as the edit se
 says nothing, as the base model did). Percentages. (WILD, Yang et al. 2025; CrispEdit, appendix E.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from .bundled.world import QA_CONTEXT
 from .edits import Edit
 from .errors import EditsError
 from .generation import Answer, Ids, answers
-from .judge import Judge, exact
+from .judge import Case, Judge, Judged, Verdict, exact
 from .progress import Progress, no_progress
 from .rows import Prompter
 
@@ -112,31 +112,80 @@ Items = dict[str, dict[int, float]]
 """By kind, the score of every edit that was asked about it, 0 to 1: its prompts of a kind count together as one."""
 
 
+def cases(asked: Sequence[Question], given: Sequence[str], base: Sequence[str] | None = None) -> list[Case | None]:
+    """What a judge is shown of answers.
+
+    Args:
+        asked: The questions.
+        given: The model's answers.
+        base: The base model's answers, for questions without an expected one.
+
+    Returns:
+        A case per question, or ``None`` where nothing is known to be right.
+    """
+    found: list[Case | None] = []
+    for index, (question, answer) in enumerate(zip(asked, given, strict=True)):
+        right = question.expected if question.expected is not None else base[index] if base is not None else None
+        text = question.prompt if isinstance(question.prompt, str) else question.prompt[-1][1]
+        found.append(Case(text, right, answer) if right is not None else None)
+    return found
+
+
+def items_of(asked: Sequence[Question], verdicts: Sequence[Verdict]) -> Items:
+    """Scores edit by edit, from what a judge said of the answer to each question.
+
+    Args:
+        asked: The questions.
+        verdicts: One each; ``None`` is not counted.
+
+    Returns:
+        ``reliability``, ``generalization`` and ``locality``; edits without a verdict are missing.
+    """
+    hits: dict[str, dict[int, list[bool]]] = {"reliability": {}, "generalization": {}, "locality": {}}
+    for question, verdict in zip(asked, verdicts, strict=True):
+        if verdict is not None:
+            hits[question.kind].setdefault(question.edit, []).append(verdict)
+    return {kind: {edit: sum(h) / len(h) for edit, h in of_kind.items()} for kind, of_kind in hits.items()}
+
+
+def judge_answers(
+    asked: Sequence[Question],
+    given: Mapping[str, Sequence[str]],
+    judge: Judge = exact,
+    base: Mapping[str, Sequence[str]] | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, list[Verdict]], Judged]:
+    """Has the answers of all contexts judged together.
+
+    Args:
+        asked: The questions.
+        given: The model's answers, by context.
+        judge: Says which of them are right.
+        base: The base model's, for questions without an expected one.
+        progress: Called while the judge is at it.
+
+    Returns:
+        By context, whether every answer is right (``None``: nothing is known to be, or it was not judged); and what
+        the judge made of the answers beside exact match.
+    """
+    shown = {context: cases(asked, answered, base[context] if base else None) for context, answered in given.items()}
+    known = [case for some in shown.values() for case in some if case is not None]
+    verdicts = judge(known, progress=progress)
+    said = iter(verdicts)
+    found = {context: [None if case is None else next(said) for case in some] for context, some in shown.items()}
+    return found, Judged.of(judge, known, verdicts)
+
+
 def score_items(
     asked: Sequence[Question],
     given: Sequence[str],
     judge: Judge = exact,
     base: Sequence[str] | None = None,
 ) -> Items:
-    """Scores of answers, edit by edit.
-
-    Args:
-        asked: The questions.
-        given: The model's answers.
-        judge: Says whether an answer is right.
-        base: The base model's answers, for questions without an expected one.
-
-    Returns:
-        ``reliability``, ``generalization`` and ``locality``; edits for which nothing was asked, or nothing is known to
-        be right, are missing.
-    """
-    hits: dict[str, dict[int, list[bool]]] = {"reliability": {}, "generalization": {}, "locality": {}}
-    for index, (question, answer) in enumerate(zip(asked, given, strict=True)):
-        right = question.expected if question.expected is not None else base[index] if base is not None else None
-        if right is not None:
-            text = question.prompt if isinstance(question.prompt, str) else question.prompt[-1][1]
-            hits[question.kind].setdefault(question.edit, []).append(judge(text, right, answer))
-    return {kind: {edit: sum(h) / len(h) for edit, h in of_kind.items()} for kind, of_kind in hits.items()}
+    """Scores of the answers in one context, edit by edit; see :func:`judge_answers`."""
+    verdicts, _ = judge_answers(asked, {"": given}, judge, None if base is None else {"": base})
+    return items_of(asked, verdicts[""])
 
 
 def mean_scores(items: Items) -> Scores:
@@ -154,35 +203,29 @@ def score(
     return mean_scores(score_items(asked, given, judge, base))
 
 
-def answer_edits(
+def answer_questions(
     model: Any,
     prompter: Prompter,
-    edits: Sequence[Edit],
+    asked: Sequence[Question],
     *,
-    judge: Judge = exact,
-    base: dict[str, list[str]] | None = None,
     stop_at_period: bool = False,
     progress: Progress = no_progress,
-) -> tuple[dict[str, Items], dict[str, list[str]]]:
-    """Asks everything about the edits in both contexts.
+) -> dict[str, list[str]]:
+    """The model's answers to questions, in both contexts.
 
     Args:
         model: A causal LM, in evaluation mode.
         prompter: Builds prompts.
-        edits: What to ask about.
-        judge: Says whether an answer is right.
-        base: The base model's answers by context, for locality prompts without an answer.
+        asked: The questions.
         stop_at_period: See :func:`crispedit.generation.answers`.
         progress: Called after every batch.
 
     Returns:
-        Scores of every edit by context, and the answers by context (a base for a later call).
+        The answers by context.
     """
-    asked = questions(edits)
-    items, given = {}, {}
+    given = {}
     for context in CONTEXTS:
         drafts = expected_drafts(prompter, asked, context)
         found = ask(model, prompter, asked, context, drafts=drafts, stop_at_period=stop_at_period, progress=progress)
         given[context] = [answer.text for answer in found]
-        items[context] = score_items(asked, given[context], judge, base[context] if base else None)
-    return items, given
+    return given
