@@ -18,7 +18,8 @@ LAYERS = (
     "_version errors memory artifacts progress isolated statistics bundled edits models texts threshold eigen moments "
     "spectrum subspace completion rotation updates factors description halves curvature cache rows forward costs speed "
     "replay precision training editors generation judge wild capability checkpoint proof editing evaluation assumed "
-    "planning jobs demo plot tradeoff scatter comparing console cli"
+    "planning jobs demo plot tradeoff scatter comparing report_definitions report_verdict report_curvature report "
+    "report_markdown report_html console cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

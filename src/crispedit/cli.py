@@ -15,6 +15,7 @@ import typer
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
+    from .jobs import Evaluated
     from .models import LoadedModel
     from .texts import CapabilityTexts
 
@@ -441,16 +442,23 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     chat: Chat = "auto",
     conflicts: Conflicts = "error",
+    report: Annotated[
+        list[Path] | None, typer.Option(help="A report to this .html, .md or .json file; repeatable.")
+    ] = None,
+    curvature: Annotated[
+        Path | None, typer.Option(help="Drawn in the report; the one the model was edited with by default.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Evaluate a model on edits and on its capabilities; with --base, against the model before editing."""
     _check_json(json)
     if protocol != "wild":
         raise ConfigError(f"protocol is '{protocol}'; it must be wild")
+    _check_reports(report or [], curvature)
     from .jobs import evaluate_job
 
     with _bars() as progress:
-        result = evaluate_job(
+        found = evaluate_job(
             model,
             edits,
             base=base,
@@ -465,8 +473,11 @@ def evaluate(
         )
     from .console import print_evaluations
 
+    result = found.after.summary()
     print_evaluations(f"{model} on {edits}, judge: {judge}", {"model": result})
     _write_json(json, result)
+    if report:
+        _write_reports(report, found, curvature)
 
 
 @app.command()
@@ -544,6 +555,44 @@ def _settings(given: list[str]) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
+
+
+def _check_reports(paths: list[Path], curvature: Path | None) -> None:
+    """Refuses reports that cannot be written, before any work is done."""
+    from .artifacts import check_writable
+
+    if curvature is not None:
+        if not paths:
+            raise ConfigError("--curvature is drawn in a report: give --report FILE.html too")
+        from .curvature import read_manifest
+
+        read_manifest(curvature)
+    for path in paths:
+        if path.suffix.lower() not in (".html", ".md", ".json"):
+            raise ConfigError(f"cannot write the report '{path}'; its name must end in .html, .md or .json")
+        if path.is_dir():
+            raise ConfigError(f"--report '{path}' is a directory; name a file")
+        check_writable(path.parent, overwrite=True)
+
+
+def _write_reports(paths: list[Path], found: "Evaluated", curvature: Path | None) -> None:
+    from .artifacts import write_json, write_text
+    from .console import out as stdout
+    from .report import report_data
+    from .report_curvature import find_curvature
+    from .report_html import html
+    from .report_markdown import markdown
+
+    with _bars() as progress:
+        data = report_data(found, curvature=find_curvature(found.record, curvature), progress=progress)
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            write_json(path, data)
+        else:
+            write_text(path, html(data) if suffix == ".html" else markdown(data))
+    stdout.print(data["verdict"]["sentence"], soft_wrap=True)
+    stdout.print(f"the report is in {', '.join(map(str, paths))}", soft_wrap=True)
 
 
 def _check_json(path: Path | None) -> None:

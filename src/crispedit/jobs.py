@@ -21,7 +21,7 @@ from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
 from .edits import Edit, EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
-from .evaluation import evaluate
+from .evaluation import Evaluation, measure, measure_both
 from .generation import BATCH_TOKENS
 from .halves import token_halves
 from .judge import find_judge
@@ -496,6 +496,33 @@ def _check_planned(manifest: dict[str, Any], matrices: Sequence[EditMatrix]) -> 
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What ``crispedit evaluate`` measured, and of what.
+
+    Args:
+        model: Its name.
+        base: That of its base, if one was given.
+        edits: What was asked about.
+        record: The model's ``crispedit.json``, where it has one.
+        judge: Who decided what is right.
+        chat: Whether prompts went through the chat template, as it was asked for.
+        stop_at_period: Whether answers were cut at the first period too.
+        after: Of the model.
+        before: Of its base, on the same items.
+    """
+
+    model: str
+    base: str | None
+    edits: EditSet
+    record: dict[str, Any] | None
+    judge: str
+    chat: str
+    stop_at_period: bool
+    after: Evaluation
+    before: Evaluation | None
+
+
 def evaluate_job(
     model: str,
     edits: str,
@@ -509,7 +536,7 @@ def evaluate_job(
     stop_at_period: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Evaluated:
     """``crispedit evaluate``: loads model, base and texts, and evaluates.
 
     Args:
@@ -526,25 +553,37 @@ def evaluate_job(
         progress: Called during every longer step.
 
     Returns:
-        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`.
+        What was measured, of the base too.
     """
     find_judge(judge)  # before anything is loaded
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
     loaded = load_edited(model, **(options or {}))
-    base_model = load_edited(base, **(options or {})).model if base is not None else None
-    return evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        edit_set,
-        base=base_model,
-        texts=chosen,
-        tasks=has_tasks(loaded.model),
+    how: dict[str, Any] = {
+        "texts": chosen,
+        "tasks": has_tasks(loaded.model),
+        "judge": judge,
+        "chat": chat,
+        "stop_at_period": stop_at_period,
+        "progress": progress,
+    }
+    before = None
+    if base is None:
+        after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
+    else:
+        base_model = load_edited(base, **(options or {})).model
+        after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
+    return Evaluated(
+        model=model,
+        base=base,
+        edits=edit_set,
+        record=record,
         judge=judge,
-        chat=chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
+        chat=chat,
         stop_at_period=stop_at_period,
-        progress=progress,
+        after=after,
+        before=before,
     )
 
 

@@ -105,13 +105,17 @@ Items = dict[str, dict[int, float]]
 """By kind, the score of every edit that was asked about it, 0 to 1: its prompts of a kind count together as one."""
 
 
-def score_items(
+Verdict = bool | None
+"""Whether an answer is right; ``None`` where nothing is known to be right."""
+
+
+def judge_answers(
     asked: Sequence[Question],
     given: Sequence[str],
     judge: Judge = exact,
     base: Sequence[str] | None = None,
-) -> Items:
-    """Scores of answers, edit by edit.
+) -> list[Verdict]:
+    """Whether each answer is right.
 
     Args:
         asked: The questions.
@@ -120,16 +124,33 @@ def score_items(
         base: The base model's answers, for questions without an expected one.
 
     Returns:
-        ``reliability``, ``generalization`` and ``locality``; edits for which nothing was asked, or nothing is known to
-        be right, are missing.
+        One verdict per question.
     """
-    hits: dict[str, dict[int, list[bool]]] = {"reliability": {}, "generalization": {}, "locality": {}}
+    found: list[Verdict] = []
     for index, (question, answer) in enumerate(zip(asked, given, strict=True)):
         right = question.expected if question.expected is not None else base[index] if base is not None else None
-        if right is not None:
-            text = question.prompt if isinstance(question.prompt, str) else question.prompt[-1][1]
-            hits[question.kind].setdefault(question.edit, []).append(judge(text, right, answer))
+        text = question.prompt if isinstance(question.prompt, str) else question.prompt[-1][1]
+        found.append(None if right is None else judge(text, right, answer))
+    return found
+
+
+def verdict_items(asked: Sequence[Question], verdicts: Sequence[Verdict]) -> Items:
+    """Scores of verdicts, edit by edit; edits of which no answer of a kind has a verdict are missing there."""
+    hits: dict[str, dict[int, list[bool]]] = {"reliability": {}, "generalization": {}, "locality": {}}
+    for question, verdict in zip(asked, verdicts, strict=True):
+        if verdict is not None:
+            hits[question.kind].setdefault(question.edit, []).append(verdict)
     return {kind: {edit: sum(h) / len(h) for edit, h in of_kind.items()} for kind, of_kind in hits.items()}
+
+
+def score_items(
+    asked: Sequence[Question],
+    given: Sequence[str],
+    judge: Judge = exact,
+    base: Sequence[str] | None = None,
+) -> Items:
+    """Scores of answers, edit by edit; see :func:`judge_answers`."""
+    return verdict_items(asked, judge_answers(asked, given, judge, base))
 
 
 def mean_scores(items: Items) -> Scores:
@@ -156,7 +177,7 @@ def answer_edits(
     base: dict[str, list[str]] | None = None,
     stop_at_period: bool = False,
     progress: Progress = no_progress,
-) -> tuple[dict[str, Items], dict[str, list[str]]]:
+) -> tuple[dict[str, list[str]], dict[str, list[Verdict]]]:
     """Asks everything about the edits in both contexts.
 
     Args:
@@ -169,13 +190,13 @@ def answer_edits(
         progress: Called after every batch.
 
     Returns:
-        Scores of every edit by context, and the answers by context (a base for a later call).
+        By context, the answers (a base for a later call) and whether they are right.
     """
     asked = questions(edits)
-    items, given = {}, {}
+    given, verdicts = {}, {}
     for context in CONTEXTS:
         drafts = expected_drafts(prompter, asked, context)
         found = ask(model, prompter, asked, context, drafts=drafts, stop_at_period=stop_at_period, progress=progress)
         given[context] = [answer.text for answer in found]
-        items[context] = score_items(asked, given[context], judge, base[context] if base else None)
-    return items, given
+        verdicts[context] = judge_answers(asked, given[context], judge, base[context] if base else None)
+    return given, verdicts
