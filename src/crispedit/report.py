@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .curvature import Curvature
 from .description import ENERGY
 from .jobs import Evaluated
 from .progress import Progress, no_progress
-from .report_curvature import curvature_data
+from .report_curvature import curvature_data, last_name
 from .report_definitions import definitions
 from .report_verdict import Held, caveats, sentence
 from .statistics import LEVEL, POWER, RESAMPLES, Measure, Stratum, differences
@@ -57,17 +56,17 @@ def report_data(
     rows = _measures(found, resamples, progress)
     by_name = {row["name"]: row for row in rows}
     held, run, has_base = _held(found), _run(found), found.before is not None
-    base = _name(found.base) if found.base is not None else None
+    base = last_name(found.base) if found.base is not None else None
     return {
         "format": FORMAT,
         "crispedit": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": _name(found.model),
+        "model": last_name(found.model),
         "base": base,
         "protocol": {"judge": found.judge, "chat": found.chat, "stop_at_period": found.stop_at_period},
         "statistics": {"level": LEVEL, "power": POWER, "resamples": resamples},
         "edit_set": {
-            "source": _name(found.edits.source),
+            "source": last_name(found.edits.source),
             "schema": found.edits.schema,
             "sha256": found.edits.sha256,
             "count": len(found.edits),
@@ -230,13 +229,13 @@ def _run(found: Evaluated) -> dict[str, Any] | None:
     return {
         "editor": settings.pop("editor", None),
         "layers": settings.pop("layers", None),
-        "settings": settings,
-        "model": _name(str(record.get("model", {}).get("name"))),
+        "settings": {name: last_name(v) if isinstance(v, str) else v for name, v in settings.items()},
+        "model": last_name(str(record.get("model", {}).get("name"))),
         "fingerprint": record.get("model", {}).get("fingerprint"),
         "dtype": record.get("model", {}).get("dtype"),
-        "edits": {**edits, "source": _name(str(edits.get("source")))},
+        "edits": {**edits, "source": last_name(str(edits.get("source")))},
         "same_edits": edits.get("sha256") == found.edits.sha256,
-        "texts": {**texts, "source": _name(str(texts["source"]))} if texts else None,
+        "texts": {**texts, "source": last_name(str(texts["source"]))} if texts else None,
         "versions": record.get("versions", {}),
         "machine": record.get("machine"),
         "seconds": metrics.get("seconds", {}),
@@ -251,8 +250,3 @@ def _energy(found: Evaluated) -> float:
     """γ of the edit, where its editor has one."""
     energy = ((found.record or {}).get("settings") or {}).get("energy")
     return float(energy) if energy is not None else ENERGY
-
-
-def _name(path: str) -> str:
-    """A model or file without the directories above it; what is no path here, such as a name on a hub, as it is."""
-    return Path(path).name if Path(path).exists() else path

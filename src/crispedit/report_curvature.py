@@ -41,14 +41,22 @@ def find_curvature(record: Mapping[str, Any] | None, path: Path | None = None) -
     if not recorded:
         return None
     named = ((record or {}).get("job") or {}).get("curvature")
+    if named and (there := _load_same(Path(named), recorded)) is not None:
+        return there
     try:
-        if named and _same(read_manifest(Path(named)), recorded):
-            return Curvature.load(Path(named))
         identity = {name: recorded[name] for name in IDENTITY}
         key = (identity.pop("model_fingerprint"), identity.pop("layers"), identity.pop("tokenizer"))
         return cache.find(*key, texts_sha256=recorded["texts"]["sha256"], **identity)
+    except (KeyError, TypeError):
+        return None  # a record of another version
+
+
+def _load_same(path: Path, recorded: Mapping[str, Any]) -> Curvature | None:
+    """The curvature in a directory, if it can be read and is the recorded one: a report is written without, too."""
+    try:
+        return Curvature.load(path) if _same(read_manifest(path), recorded) else None
     except (ArtifactError, KeyError, TypeError):
-        return None  # a report is written without what can no longer be read
+        return None
 
 
 def _same(manifest: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
@@ -74,11 +82,11 @@ def curvature_data(curvature: Curvature, energy: float = ENERGY, *, progress: Pr
         matrices.append({"name": name, "layer": layer, **_drawn(points)})
         progress("spectra for the report", len(matrices), len(curvature.factors))
     return {
-        "model": Path(curvature.model_name).name,
+        "model": last_name(curvature.model_name),
         "fisher": curvature.fisher,
         "factors": curvature.kind,
         "tokens": curvature.num_tokens,
-        "texts": Path(str(curvature.texts["source"])).name,
+        "texts": last_name(str(curvature.texts["source"])),
         "energy": energy,
         "matrices": matrices,
     }
@@ -140,3 +148,8 @@ def _thin(line: Line) -> list[list[float]]:
 def _short(value: float) -> float:
     """Six digits: more cannot be seen."""
     return float(f"{value:.6g}")
+
+
+def last_name(path: str) -> str:
+    """A model or file without the directories above it; what is no path, such as a name on a hub, as it is."""
+    return Path(path).name if Path(path).is_absolute() or Path(path).exists() else path

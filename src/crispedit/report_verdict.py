@@ -164,7 +164,8 @@ def caveats(
     if base is not None and "abilities" not in measures:
         found.append("No tasks were run: what the model can still do is judged by texts alone, or not at all.")
     if run is not None and not run["same_edits"]:
-        found.append("These are not the edits that crispedit.json records: the model was edited with others.")
+        of = f" ({run['edits']['count']} edits)" if run["edits"].get("count") else ""
+        found.append(f"crispedit.json records another edit set{of}: the model may have been edited with other edits.")
     if run is not None and base is not None and run["model"] != base:
         found.append(f"crispedit.json names '{run['model']}' as the base; here the model is compared with '{base}'.")
     return found
