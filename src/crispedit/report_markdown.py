@@ -59,19 +59,16 @@ def escaped(text: str | None) -> str:
 def _measures(report: Mapping[str, Any]) -> list[str]:
     rows = []
     for found in report["measures"]:
-        digits, difference = found["digits"], found["difference"]
-        rows.append(
-            [
-                f"{found['title']}, {found['unit']}",
-                _number(found["before"], digits),
-                f"{_number(found['after'], digits)} [{_interval(found['interval'], digits)}]",
-                "–" if difference is None else f"{difference['value']:+.{digits}f} "
-                f"[{_interval((difference['low'], difference['high']), digits, '+')}]",
-                "–" if difference is None else _number(difference["detectable"], digits),
-                f"{found['items']:,}",
-            ]
-        )  # fmt: skip
-    header = ["", "before", "after", "difference", "could have shown", "items"]
+        digits, paired = found["digits"], found["difference"]
+        after = f"{_number(found['after'], digits)} [{_interval(found['interval'], digits)}]"
+        difference = could = "–"
+        if paired is not None:
+            ends = _interval((paired["low"], paired["high"]), digits, "+")
+            difference = f"{_number(paired['value'], digits, '+')} [{ends}]"
+            could = f"≥ {_number(paired['detectable'], digits)}" if found["change"] == "none" else ""
+        title = f"{found['title']}, {found['unit']}"
+        rows.append([title, _number(found["before"], digits), after, difference, could, f"{found['items']:,}"])
+    header = ["", "before", "after", "difference", "none found; could have shown", "items"]
     level = f"{100 * report['statistics']['level']:g} %"
     return [*_table(header, rows), "", f"Intervals: {level}; differences are paired, item by item."]
 
@@ -81,12 +78,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, sign: str = "") -> str:
+    return "–" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: there is no −0.0
 
 
 def _interval(ends: Sequence[float | None], digits: int, sign: str = "") -> str:
-    return ", ".join("–" if end is None else f"{end:{sign}.{digits}f}" for end in ends)
+    return ", ".join(_number(end, digits, sign) for end in ends)
 
 
 def _edits(report: Mapping[str, Any]) -> list[str]:
