@@ -55,6 +55,18 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
         "arithmetic", "instructions", "multiple_choice", "true_false", "prose",
     }  # fmt: skip
 
+    reports = [option for suffix in ("html", "json", "md") for option in ("--report", f"report.{suffix}")]
+    capsys.readouterr()
+    program("evaluate", "one", "edits.json", "--base", "bundled", "--limit", "3", *reports)
+    data = json.loads((work / "report.json").read_text())
+    assert data["verdict"]["sentence"] in capsys.readouterr().out.replace("\n", " ")
+    assert data["verdict"]["held"] == {"after": 3, "before": 0, "judged": 3, "count": 3}
+    assert data["run"]["same_edits"]
+    assert [m["layer"] for m in data["curvature"]["matrices"]] == record["settings"]["layers"]
+    assert "## Curvature" in (work / "report.md").read_text()
+    page = (work / "report.html").read_text()
+    assert json.loads(page.partition('id="data">')[2].partition("</script>")[0]) == data
+
     capsys.readouterr()
     program("ask", "one", "What is 3 plus 4?", "--base", "bundled", "--json", "asked.json")
     said = capsys.readouterr().out

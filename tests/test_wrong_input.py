@@ -42,6 +42,7 @@ def work(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("mine")
     (tmp_path / "full.png").mkdir()
+    (tmp_path / "full.html").mkdir()
     shutil.copytree(model_directory("bundled"), tmp_path / "quantised")
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -142,6 +143,14 @@ CASES = {
     "misspelt protocol": ("evaluate bundled good.json --protocol teacher_forced", "did you mean 'teacher-forced'?"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
     "JSON into a directory": ("evaluate bundled good.json --json full", "is a directory"),
+    "report of an unknown kind": ("evaluate bundled good.json --report report.pdf", "must end in .html, .md or .json"),
+    "report into a directory": ("evaluate bundled good.json --report full.html", "is a directory"),
+    "report below a file": ("evaluate bundled good.json --report good.json/report.md", "is a file"),
+    "curvature without a report": ("evaluate bundled good.json --curvature full", "give --report"),
+    "no curvature to report": (
+        "evaluate bundled good.json --report r.html --curvature full",
+        "not a curvature directory",
+    ),
     "comparison of an unknown editor": (COMPARE + "ft,crispedt", "did you mean 'crispedit'?"),
     "comparison of an unknown preset": (COMPARE + "ft,ft:publishd", "did you mean 'published'?"),
     "comparison of nothing": (COMPARE + ",", "no editors are named"),

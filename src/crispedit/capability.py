@@ -6,7 +6,7 @@ and independent of the labels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class TextSums:
         tokens = self.tokens.sum()
         drift, loss_base, loss = (float(sums.sum() / tokens) for sums in (self.drift, self.loss_base, self.loss))
         return Drift(drift=max(0.0, drift), loss_base=loss_base, loss=loss)
+
+    def of_base(self) -> "TextSums":
+        """The same of the base model itself, which has no drift."""
+        return replace(self, drift=torch.zeros_like(self.drift), loss=self.loss_base)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from .errors import ConfigError, CrispEditError, EditFailed, TextsError
 from .settings import parse_settings
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
+    from .jobs import Evaluated
     from .models import LoadedModel
     from .texts import CapabilityTexts
 
@@ -461,6 +462,12 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     chat: Chat = "auto",
     conflicts: Conflicts = "error",
+    report: Annotated[
+        list[Path] | None, typer.Option(help="A report to this .html, .md or .json file; repeatable.")
+    ] = None,
+    curvature: Annotated[
+        Path | None, typer.Option(help="Drawn in the report; the one the model was edited with by default.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Evaluate a model on edits and on its capabilities; with --base, against the model before editing."""
@@ -471,6 +478,9 @@ def evaluate(
         "concurrency": endpoint_concurrency,
     }
     _check_endpoint(endpoint, live_options, texts, chat)
+    _check_reports(report or [], curvature)
+    if report and protocol == "teacher-forced":
+        raise ConfigError("--report is of free answers: give --protocol wild or all")
     from .jobs import evaluate_job, evaluate_live_job
     from .live import LiveModel
     from .llm_judge import make_judge
@@ -487,15 +497,19 @@ def evaluate(
             "progress": progress,
         }
         if endpoint is None:
-            result = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, **shared)
+            found = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, **shared)
         else:
-            result = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
+            found = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
     from .console import print_evaluations, print_judged
 
+    result = found.summary()
     judged = "" if result["no_context"] is None else f", judge: {decide.name}"
     print_evaluations(f"{model} on {edits}{judged}", {"model": result})
-    print_judged(result["judge"])
+    if result["judge"] is not None:
+        print_judged(result["judge"])
     _write_json(json, result)
+    if report:
+        _write_reports(report, found, curvature)
 
 
 @app.command()
@@ -573,6 +587,44 @@ def _rate(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise ConfigError(f"lr is '{text}'; it must be a number above 0, or auto") from None
+
+
+def _check_reports(paths: list[Path], curvature: Path | None) -> None:
+    """Refuses reports that cannot be written, before any work is done."""
+    from .artifacts import check_writable
+
+    if curvature is not None:
+        if not paths:
+            raise ConfigError("--curvature is drawn in a report: give --report FILE.html too")
+        from .curvature import read_manifest
+
+        read_manifest(curvature)
+    for path in paths:
+        if path.suffix.lower() not in (".html", ".md", ".json"):
+            raise ConfigError(f"cannot write the report '{path}'; its name must end in .html, .md or .json")
+        if path.is_dir():
+            raise ConfigError(f"--report '{path}' is a directory; name a file")
+        check_writable(path.parent, overwrite=True)
+
+
+def _write_reports(paths: list[Path], found: "Evaluated", curvature: Path | None) -> None:
+    from .artifacts import write_json, write_text
+    from .console import out as stdout
+    from .report import report_data
+    from .report_curvature import find_curvature
+    from .report_html import html
+    from .report_markdown import markdown
+
+    with _bars() as progress:
+        data = report_data(found, curvature=find_curvature(found.record, curvature), progress=progress)
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            write_json(path, data)
+        else:
+            write_text(path, html(data) if suffix == ".html" else markdown(data))
+    stdout.print(data["verdict"]["sentence"], soft_wrap=True)
+    stdout.print(f"the report is in {', '.join(map(str, paths))}", soft_wrap=True)
 
 
 def _check_json(path: Path | None) -> None:

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from .errors import (
     TextsError,
     did_you_mean,
 )
-from .evaluation import Evaluation, measure
+from .evaluation import agreeing, measure
 from .isolated import Work, run_isolated
 from .jobs import EditJob, capability_texts, has_tasks, read_edits
 from .judge import find_judge
@@ -61,7 +61,6 @@ from .rows import Prompter
 from .scatter import draw_comparison
 from .texts import CapabilityTexts
 from .tradeoff import BASE, Comparison, Row
-from .wild import judge_answers, questions
 
 ABOUT, ROWS, TABLE, RESULTS, PLOT = "comparison.json", "rows", "table.md", "results.json", "tradeoff.png"
 
@@ -439,13 +438,12 @@ def measure_row(task: dict[str, Any], progress: Progress) -> dict[str, Any]:
     )
     if job.editor == BASE and any(near.answer is None for edit in edits for near in edit.locality):
         record["answers"] = found.answers  # right is what the base model says
-        scores, judged = judge_answers(questions(edits), found.answers, find_judge(task["judge"]), found.answers)
-        found = replace(found, edits=scores, judged=judged)
+        found = agreeing(found, edits)
     record["seconds"] |= {
         "evaluation": round(time.monotonic() - started, 2),
         "processor": round(time.process_time(), 2),  # of all the row, whatever else the machine had to do
     }
-    return {**record, "evaluation": found.summary(), "items": _items(found, len(edits)), "memory": memory}
+    return {**record, "evaluation": found.summary(), "items": found.items(len(edits)), "memory": memory}
 
 
 def _base_logits(job: EditJob, result: EditResult) -> Logits:
@@ -464,18 +462,6 @@ def _memory() -> dict[str, int | None]:
     """Peak memory so far, in bytes: of the process, and on a GPU."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {"process": peak_bytes(), "gpu": gpu}
-
-
-def _items(found: Evaluation, count: int) -> dict[str, Any]:
-    """What was measured item by item, JSON-ready: a list over all edits, tasks' items, texts."""
-    return {
-        "edits": {
-            context: {kind: [of_kind.get(edit) for edit in range(count)] for kind, of_kind in items.items()}
-            for context, items in found.edits.items()
-        },
-        "tasks": {name: asdict(items) for name, items in (found.tasks or {}).items()},
-        "texts": {name: values.tolist() for name, values in vars(found.texts).items()} if found.texts else None,
-    }
 
 
 def _parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[Any]]:

@@ -21,7 +21,15 @@ from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
 from .edits import Edit, EditSet, edits_from_rows, load_edits
 from .errors import ArtifactError, ConfigError, ModelError, TextsError
-from .evaluation import answers_of_base, check_protocol, evaluate, evaluate_live, needs_base_answers
+from .evaluation import (
+    Evaluation,
+    answers_of_base,
+    check_protocol,
+    evaluate_live,
+    measure,
+    measure_both,
+    needs_base_answers,
+)
 from .generation import BATCH_TOKENS
 from .halves import token_halves
 from .judge import Judge
@@ -45,7 +53,7 @@ from .planning import Plan, Settings, Workload, fit_memory, kind_that_fits, pars
 from .precision import float32_masters, mixed_precision
 from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
-from .rows import Prompter
+from .rows import Chat, Prompter
 from .speed import measure_speed
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
 from .wild import questions
@@ -497,6 +505,39 @@ def _check_planned(manifest: dict[str, Any], matrices: Sequence[EditMatrix]) -> 
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What ``crispedit evaluate`` measured, and of what.
+
+    Args:
+        model: Its name.
+        base: That of its base, if one was given.
+        edits: What was asked about.
+        record: The model's ``crispedit.json``, where it has one.
+        judge: The name of who decided what is right.
+        chat: Whether prompts went through the chat template, as it was asked for.
+        stop_at_period: Whether answers were cut at the first period too.
+        after: Of the model.
+        before: Of its base, on the same items.
+        endpoint: Where the model is, if it is behind a live server.
+    """
+
+    model: str
+    base: str | None
+    edits: EditSet
+    record: dict[str, Any] | None
+    judge: str
+    chat: str
+    stop_at_period: bool
+    after: Evaluation
+    before: Evaluation | None
+    endpoint: dict[str, Any] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The means of the model, in the shape of :func:`crispedit.evaluation.evaluate`."""
+        return {**self.after.summary(), **({"endpoint": self.endpoint} if self.endpoint is not None else {})}
+
+
 def evaluate_job(
     model: str,
     edits: str,
@@ -511,7 +552,7 @@ def evaluate_job(
     stop_at_period: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Evaluated:
     """``crispedit evaluate``: loads model, base and texts, and evaluates.
 
     Args:
@@ -529,26 +570,38 @@ def evaluate_job(
         progress: Called during every longer step.
 
     Returns:
-        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`.
+        What was measured, of the base too.
     """
     check_protocol(protocol)  # before anything is loaded
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
     loaded = load_edited(model, **(options or {}))
-    base_model = load_edited(base, **(options or {})).model if base is not None else None
-    return evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        edit_set,
-        base=base_model,
-        protocol=protocol,  # type: ignore[arg-type]  # checked above
-        texts=chosen,
-        tasks=has_tasks(loaded.model),
-        judge=judge,
-        chat=chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
+    how: dict[str, Any] = {
+        "protocol": protocol,
+        "texts": chosen,
+        "tasks": has_tasks(loaded.model),
+        "judge": judge,
+        "chat": chat,
+        "stop_at_period": stop_at_period,
+        "progress": progress,
+    }
+    before = None
+    if base is None:
+        after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
+    else:
+        base_model = load_edited(base, **(options or {})).model
+        after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
+    return Evaluated(
+        model=model,
+        base=base,
+        edits=edit_set,
+        record=record,
+        judge=judge.name,
+        chat=chat,
         stop_at_period=stop_at_period,
-        progress=progress,
+        after=after,
+        before=before,
     )
 
 
@@ -563,7 +616,7 @@ def evaluate_live_job(
     stop_at_period: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Evaluated:
     """``crispedit evaluate --endpoint``: evaluates a model behind a server.
 
     Args:
@@ -578,9 +631,10 @@ def evaluate_live_job(
         progress: Called during every longer step.
 
     Returns:
-        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate_live`.
+        What was measured.
     """
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
+    chat: Chat = "off" if live.api == "completions" else "auto"
     base_answers = None
     if base is not None and needs_base_answers(edit_set):
         loaded = load_edited(base, **(options or {}))
@@ -588,12 +642,24 @@ def evaluate_live_job(
             loaded.model,
             loaded.tokenizer,
             edit_set,
-            chat="off" if live.api == "completions" else "auto",
+            chat=chat,
             stop_at_period=stop_at_period,
             progress=progress,
         )
-    return evaluate_live(
+    after = evaluate_live(
         live, edit_set, base_answers=base_answers, judge=judge, stop_at_period=stop_at_period, progress=progress
+    )
+    return Evaluated(
+        model=live.name,
+        base=None,
+        edits=edit_set,
+        record=None,
+        judge=judge.name,
+        chat=chat,
+        stop_at_period=stop_at_period,
+        after=after,
+        before=None,
+        endpoint=live.about(),
     )
 
 

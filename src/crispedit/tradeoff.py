@@ -7,7 +7,7 @@ model and to plain fine-tuning are paired, item by item; see :mod:`crispedit.sta
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from . import __version__
 from .statistics import LEVEL, POWER, RESAMPLES, Difference, Measure, Stratum, differences
@@ -360,14 +360,18 @@ def claim(name: str, difference: Difference | None) -> str:
     """
     if difference is None:
         return "–"
-    sign = -1 if name in LOWER_IS_BETTER else 1
     unit, digits = ("nats/token", 4) if name in LOWER_IS_BETTER else ("points", 2)
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    if high < 0:
-        return f"loses {abs(difference.value):.{digits}f} {unit}"
-    if low > 0:
-        return f"gains {abs(difference.value):.{digits}f} {unit}"
+    found = change(name, difference)
+    if found != "none":
+        return f"{'loses' if found == 'loss' else 'gains'} {abs(difference.value):.{digits}f} {unit}"
     return f"no loss found (could have shown ≥ {difference.detectable:.{digits}f} {unit})"
+
+
+def change(name: str, difference: Difference) -> Literal["loss", "gain", "none"]:
+    """What an interval says of a measure: a change for the worse, for the better, or none where it holds 0."""
+    sign = -1 if name in LOWER_IS_BETTER else 1
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    return "loss" if high < 0 else "gain" if low > 0 else "none"
 
 
 def interval(name: str, difference: Difference | None) -> str:

@@ -1,0 +1,253 @@
+"""The report of an evaluation as plain data: what ``crispedit evaluate … --report`` writes, in one of three forms.
+
+    Evaluated ──report_data──▶ a dictionary, JSON-ready ──┬─▶ FILE.json, as it is
+                                                          ├─▶ FILE.md    (report_markdown.py)
+                                                          └─▶ FILE.html  (report_html.py, report.html)
+
+The dictionary is documented in docs/evaluation.md; :data:`FORMAT` counts its versions. Paths are left out but for
+their last name: a report is passed on.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from . import __version__
+from .curvature import Curvature
+from .description import ENERGY
+from .jobs import Evaluated
+from .judge import Verdict
+from .progress import Progress, no_progress
+from .report_curvature import curvature_data, last_name
+from .report_definitions import definitions
+from .report_verdict import Held, caveats, sentence
+from .statistics import LEVEL, POWER, RESAMPLES, Measure, Stratum, differences
+from .tradeoff import LOWER_IS_BETTER, change, measures
+from .wild import Question, questions
+
+FORMAT = 1
+GAINED = ("success", "reliability", "generalization")
+"""Measures that an edit is made for; all others are what it must leave as it is."""
+_TITLES = {"success": "edit success", "loss": "loss on other texts", "drift": "drift on other texts"}
+_CONTEXTS = {"qa_context": "QA context", "no_context": "no context", "teacher_forced": "teacher-forced"}
+
+
+def report_data(
+    found: Evaluated,
+    *,
+    curvature: Curvature | None = None,
+    resamples: int = RESAMPLES,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Everything that a report says.
+
+    Args:
+        found: What was measured.
+        curvature: That of the edit, to be drawn.
+        resamples: Of the bootstrap.
+        progress: Called during longer steps.
+
+    Returns:
+        The report; see docs/evaluation.md. Numbers that are not finite are ``None``.
+    """
+    rows = _measures(found, resamples, progress)
+    by_name = {row["name"]: row for row in rows}
+    held, run, has_base = _held(found), _run(found), found.before is not None
+    base = last_name(found.base) if found.base is not None else None
+    return {
+        "format": FORMAT,
+        "crispedit": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": last_name(found.model),
+        "base": base,
+        "protocol": {"judge": found.judge, "chat": found.chat, "stop_at_period": found.stop_at_period},
+        "statistics": {"level": LEVEL, "power": POWER, "resamples": resamples},
+        "edit_set": {
+            "source": last_name(found.edits.source),
+            "schema": found.edits.schema,
+            "sha256": found.edits.sha256,
+            "count": len(found.edits),
+            "notes": list(found.edits.notes),
+        },
+        "verdict": {
+            "sentence": sentence(held, by_name, has_base=has_base),
+            "caveats": caveats(held, by_name, base=base, unjudged=_unjudged(found), run=run),
+            "held": asdict(held),
+        },
+        "measures": rows,
+        "edits": _edits(found),
+        "run": run,
+        "curvature": curvature_data(curvature, _energy(found), progress=progress) if curvature is not None else None,
+        "definitions": definitions(by_name, judge=found.judge, stop_at_period=found.stop_at_period, has_base=has_base),
+    }
+
+
+def _measures(found: Evaluated, resamples: int, progress: Progress) -> list[dict[str, Any]]:
+    """All that was measured, of both models, with intervals; on the items of which both have a score."""
+    count = len(found.edits)
+    after = found.after.items(count)
+    before = found.before.items(count) if found.before is not None else None
+    if before is not None:
+        _keep_common(after, before)
+    mine = {name: measure for name, measure in measures(after).items() if _counted(measure)}
+    its = measures(before) if before is not None else {}
+    if before is None:
+        mine.pop("drift", None)  # nothing to have drifted from
+    rows = []
+    for number, (name, measure) in enumerate(sorted(mine.items(), key=lambda item: _rank(item[0]))):
+        alone = differences([_nothing(measure), measure], 0, resamples=resamples)[1]
+        paired = differences([its[name], measure], 0, resamples=resamples)[1] if name in its else None
+        rows.append(
+            {
+                "name": name,
+                "title": _title(name),
+                "group": "success" if _kind(name) in GAINED else "damage",
+                "unit": "%" if measure.span is not None else "nats/token",
+                "digits": 4 if measure.span is None else 2 if name == "abilities" else 1,
+                "lower_is_better": name in LOWER_IS_BETTER,
+                "items": sum(int((stratum.counts.sum(1) > 0).sum()) for stratum in measure.strata),
+                "before": _finite(its[name].value) if name in its else None,
+                "after": _finite(measure.value),
+                "interval": [_finite(alone.low), _finite(alone.high)],
+                "difference": {key: _finite(value) for key, value in asdict(paired).items()} if paired else None,
+                "change": change(name, paired) if paired else None,
+            }
+        )
+        progress("intervals for the report", number + 1, len(mine))
+    return rows
+
+
+def _keep_common(after: dict[str, Any], before: dict[str, Any]) -> None:
+    """Takes out the scores of edits that only one of two models has: paired differences are of the same items."""
+    for context, kinds in after["edits"].items():
+        for kind, scores in kinds.items():
+            its = before["edits"][context][kind]
+            for edit, pair in enumerate(zip(scores, its, strict=True)):
+                if None in pair:
+                    scores[edit] = its[edit] = None
+
+
+def _counted(measure: Measure) -> bool:
+    """Whether anything was counted: of edits that nobody judged, nothing was."""
+    return all(bool((stratum.counts.sum(0) > 0).all()) for stratum in measure.strata)
+
+
+def _nothing(measure: Measure) -> Measure:
+    """The same items with nothing right: what a measure's own interval is a difference to."""
+    return Measure(tuple(Stratum(torch.zeros_like(s.sums), s.counts) for s in measure.strata), measure.span)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _rank(name: str) -> tuple[bool, bool, int]:
+    """The order of measures: what was gained before what it cost, and of each the sums before their parts."""
+    order = (*GAINED, "locality", "abilities")
+    kind = _kind(name)
+    return kind not in GAINED, kind in LOWER_IS_BETTER, order.index(kind) if kind in order else len(order)
+
+
+def _title(name: str) -> str:
+    """A measure's name in words."""
+    context, _, kind = name.rpartition(".")
+    kind = _TITLES.get(kind, kind.replace("_", " "))
+    return f"{kind}, {_CONTEXTS.get(context, context)}" if context and context != "task" else kind
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _held(found: Evaluated) -> Held:
+    """How many edits hold: answered with their target without context."""
+    asked = questions(found.edits)
+
+    def verdicts(of: Mapping[str, Sequence[Verdict]]) -> list[Verdict]:
+        return [v for q, v in zip(asked, of["no_context"], strict=True) if q.kind == "reliability"]
+
+    after = verdicts(found.after.verdicts)
+    before = None if found.before is None else verdicts(found.before.verdicts).count(True)
+    judged = sum(verdict is not None for verdict in after)
+    return Held(after=after.count(True), before=before, judged=judged, count=len(after))
+
+
+def _unjudged(found: Evaluated) -> int:
+    """Answers without a verdict though there is something that would be right."""
+    asked, has_base = questions(found.edits), found.before is not None
+    return sum(
+        verdict is None and (has_base or question.expected is not None)
+        for verdicts in found.after.verdicts.values()
+        for question, verdict in zip(asked, verdicts, strict=True)
+    )
+
+
+def _edits(found: Evaluated) -> list[dict[str, Any]]:
+    """Every edit with its questions and the answers to them, in the order of the edit set."""
+    edits: list[dict[str, Any]] = [
+        {"row": edit.row, "subject": edit.subject, "target": edit.target, "questions": []} for edit in found.edits
+    ]
+    for index, question in enumerate(questions(found.edits)):
+        edits[question.edit]["questions"].append(
+            {
+                "kind": question.kind,
+                "prompt": _text(question),
+                "expected": question.expected,
+                "answers": {context: _answer(found, context, index) for context in found.after.answers},
+            }
+        )
+    return edits
+
+
+def _text(question: Question) -> str:
+    """A prompt as text; of a conversation, its messages after the names of their roles."""
+    if isinstance(question.prompt, str):
+        return question.prompt
+    return "\n".join(f"{role}: {content}" for role, content in question.prompt)
+
+
+def _answer(found: Evaluated, context: str, index: int) -> dict[str, Any]:
+    before = found.before
+    return {
+        "before": None if before is None else before.answers[context][index],
+        "before_right": None if before is None else before.verdicts[context][index],
+        "after": found.after.answers[context][index],
+        "right": found.after.verdicts[context][index],
+    }
+
+
+def _run(found: Evaluated) -> dict[str, Any] | None:
+    """How the model was edited, from its ``crispedit.json``."""
+    record = found.record
+    if record is None:
+        return None
+    settings, metrics = dict(record.get("settings", {})), record.get("metrics", {})
+    edits, texts, training = record.get("edits", {}), record.get("texts"), metrics.get("training", {})
+    return {
+        "editor": settings.pop("editor", None),
+        "layers": settings.pop("layers", None),
+        "settings": {name: last_name(v) if isinstance(v, str) else v for name, v in settings.items()},
+        "model": last_name(str(record.get("model", {}).get("name"))),
+        "fingerprint": record.get("model", {}).get("fingerprint"),
+        "dtype": record.get("model", {}).get("dtype"),
+        "edits": {**edits, "source": last_name(str(edits.get("source")))},
+        "same_edits": edits.get("sha256") == found.edits.sha256,
+        "texts": {**texts, "source": last_name(str(texts["source"]))} if texts else None,
+        "versions": record.get("versions", {}),
+        "machine": record.get("machine"),
+        "seconds": metrics.get("seconds", {}),
+        "edit_loss": metrics.get("edit_loss"),
+        "epochs": len(training.get("epoch_losses", [])),
+        "learning_rates": training.get("learning_rates", []),
+        "matrices": metrics.get("matrices", []),
+    }
+
+
+def _energy(found: Evaluated) -> float:
+    """γ of the edit, where its editor has one."""
+    energy = ((found.record or {}).get("settings") or {}).get("energy")
+    return float(energy) if energy is not None else ENERGY
