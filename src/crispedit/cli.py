@@ -435,6 +435,14 @@ def evaluate(
     judge: Annotated[str, typer.Option(help="exact or contains.")] = "exact",
     texts: Texts = None,
     stop_at_period: Annotated[bool, typer.Option("--stop-at-period", help="Cut answers at '.', as published.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, NAME[:SHOTS],…, or paper (needs lm-eval).")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="The first N documents of every task.")] = None,
+    task_batch_size: Annotated[int | None, typer.Option(help="Rows at once in tasks; by default what fits.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A directory with further tasks, as lm_eval has it.")
+    ] = None,
     limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -460,13 +468,25 @@ def evaluate(
             chat=chat,
             conflicts=conflicts,
             stop_at_period=stop_at_period,
+            tasks=tasks,
+            task_limit=task_limit,
+            task_batch_size=task_batch_size,
+            include_path=include_path,
             options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
             progress=progress,
         )
-    from .console import print_evaluations
+    from .console import print_evaluations, print_tasks
 
     print_evaluations(f"{model} on {edits}, judge: {judge}", {"model": result})
+    if "harness" in result:
+        print_tasks(result["harness"])
     _write_json(json, result)
+
+
+@app.command()
+def tasks() -> None:
+    """Print where the tasks about edits for lm-evaluation-harness are: lm_eval --include_path $(crispedit tasks)."""
+    typer.echo(Path(__file__).parent / "tasks")
 
 
 @app.command()
