@@ -1,7 +1,8 @@
 """lm-evaluation-harness on a model in memory: its tasks, its prompts and its counting, item by item.
 
-What decides numbers is said and fixed: one batch size for all models that are compared, the chat template wherever
-there is one (and examples as turns of the conversation), left padding, the harness's own seeds before every benchmark.
+What decides numbers is said and fixed: one batch size for all models that are compared (less only where memory runs
+out), the chat template wherever there is one (and examples as turns of the conversation), left padding, the harness's
+own seeds before every benchmark.
 That is what ``lm_eval --tasks NAME --apply_chat_template --fewshot_as_multiturn true`` does for each benchmark by
 itself.
 """
@@ -189,7 +190,8 @@ def _bars(name: str, progress: Progress) -> Iterator[None]:
     """Within, the harness's progress bars are reports to ``progress``."""
 
     def bar(*given: Any, **options: Any) -> _Bar:
-        return _Bar(f"{name}: {options.get('desc', 'prompts').removeprefix('Running ')}", progress, *given, **options)
+        what = options.get("desc", "prompts").removeprefix("Running ").lower()
+        return _Bar(f"{name}: {what}", progress, *given, **options)
 
     modules = [m for key, m in list(sys.modules.items()) if key.startswith("lm_eval") and hasattr(m, "tqdm")]
     bars = [(module, module.tqdm) for module in modules]

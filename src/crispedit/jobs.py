@@ -551,7 +551,9 @@ def evaluate_job(
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
-    there = load_benchmarks(benchmarks, include_path=include_path, metadata={"edits": edits}, progress=progress)
+    there: list[Loaded] = []
+    if benchmarks:
+        there = load_benchmarks(benchmarks, include_path=include_path, metadata={"edits": edits}, progress=progress)
     loaded = load_edited(model, **(options or {}))
     base_model = load_edited(base, **(options or {})).model if base is not None else None
     result = evaluate(
