@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'crispedit[tasks]'")
 
 from crispedit import cli
-from crispedit.benchmarks import Benchmark, parse_benchmarks
+from crispedit.benchmarks import SCORES, Benchmark, parse_benchmarks
 from crispedit.bundled import abilities
 from crispedit.capability import TaskItems
 from crispedit.errors import ConfigError, ModelError
@@ -227,6 +227,10 @@ def test_tags_and_groups_without_a_score_are_their_tasks(local, bundled, name):
     assert [found.name for found in run(local, bundled, name)] == ["choose", "few"]
 
 
+def test_a_task_that_comes_twice_is_refused(local):
+    assert "task 'few' is named twice, by itself and with others" in refused(local, "few,mine")
+
+
 def test_fractions_and_lists_are_counted(local, bundled):
     local("share", as_metric("share"))
     local("parts", as_metric("parts", "!function functions.flat_mean"))
@@ -238,7 +242,7 @@ def test_fractions_and_lists_are_counted(local, bundled):
 
 
 def test_the_metric_of_a_task_is_the_one_that_is_written_down(local, bundled, monkeypatch):
-    monkeypatch.setitem(sys.modules["crispedit.harness"].SCORES, "choose", ("acc_norm", "none"))
+    monkeypatch.setitem(SCORES, "choose", ("acc_norm", "none"))
     (found,) = run(local, bundled, "choose")
     assert found.tasks["choose"].metric == "acc_norm"
 
@@ -417,17 +421,22 @@ def test_tasks_that_cannot_be_loaded_say_why(local):
         load_benchmarks([Benchmark(name="few")], include_path=local.directory / "no_dir")
 
 
+@pytest.mark.parametrize(("metric", "settings"), [("best", ("mean", "false")), ("share", ("median",))])
+def test_scores_that_can_be_no_share_of_right_answers_are_refused_before_they_are_computed(local, metric, settings):
+    local("odd", as_metric(metric, *settings))
+    assert f"the {metric} of task 'odd' is no share of right answers" in refused(local, "odd")
+
+
 @pytest.mark.parametrize(
-    ("metric", "settings", "said"),
+    ("metric", "aggregation", "said"),
     [
-        ("pair", ("!function functions.first",), "is no share of right answers"),
-        ("wide", ("mean",), "is no share of right answers"),
-        ("best", ("mean", "false"), "is no share of right answers"),
-        ("share", ("median",), r"is no mean over its documents \(0.\d* is, 0.\d* is the harness's\)"),
+        ("pair", "!function functions.first", "is no share of right answers"),
+        ("wide", "mean", "is no share of right answers"),
+        ("share", "!function functions.first", r"is no mean over its documents \(0.\d* is, 0.5 is the harness's\)"),
     ],
 )
-def test_scores_that_are_no_share_of_right_answers_are_refused(local, bundled, metric, settings, said):
-    local("odd", as_metric(metric, *settings), [{**doc, "right": int(n == 0)} for n, doc in enumerate(local.docs)])
+def test_scores_that_are_no_share_of_right_answers_are_refused(local, bundled, metric, aggregation, said):
+    local("odd", as_metric(metric, aggregation))
     with pytest.raises(ConfigError, match=f"the {metric} of task 'odd' {said}"):
         run(local, bundled, "odd")
 

@@ -45,7 +45,7 @@ SCORES: dict[str, tuple[str, str]] = {
     "hellaswag": ("acc_norm", "none"),
     "ifeval": ("inst_level_strict_acc", "none"),
 }
-"""Metric and filter that are the score of a task; of any other task the first that the harness gives.
+"""Metric and filter that are the score of a task; of any other task the first ones that it lists.
 
 acc_norm (likelihood by length of the answer) is what is usually reported of ARC and HellaSwag. CrispEdit's IFEval
 score of its base model, 69.3 of 200 prompts, is no multiple of 0.5 %: it counts instructions. (Which metrics its

@@ -20,7 +20,7 @@ import torch
 from .benchmarks import SCORES, BenchmarkScore, TaskScore
 from .capability import TaskItems
 from .errors import ConfigError, ModelError
-from .harness_tasks import LOGGER, Loaded, import_harness
+from .harness_tasks import LOGGER, Loaded, import_harness, metric_of, no_share
 from .memory import free_memory
 from .models import context_length
 from .progress import Progress, no_progress
@@ -99,7 +99,7 @@ def _run(lm: Any, benchmark: Loaded, chat: bool, progress: Progress) -> Benchmar
                 raise ModelError(f"no memory for a single row of task '{benchmark.name}'") from None
             lm.batch_size_per_gpu //= 2
             torch.cuda.empty_cache()
-    tasks = {name: _score(name, found, task.get_config("num_fewshot")) for name, task in benchmark.tasks.items()}
+    tasks = {name: _score(name, task, found) for name, task in benchmark.tasks.items()}
     return BenchmarkScore(
         name=benchmark.name, tasks=tasks, limit=benchmark.limit, chat=chat, batch_size=lm.batch_size_per_gpu
     )
@@ -149,19 +149,15 @@ def _check_lengths(lm: Any, benchmark: Loaded) -> None:
             )
 
 
-def _score(name: str, found: Mapping[str, Any], shots: int) -> TaskScore:
+def _score(name: str, task: Any, found: Mapping[str, Any]) -> TaskScore:
     """A task's score, item by item, from what the harness logged."""
-    samples = found["samples"][name]
-    metric, wanted = SCORES.get(name, (samples[0]["metrics"][0], samples[0]["filter"]))
+    samples, metric = found["samples"][name], metric_of(name, task)
+    wanted = SCORES[name][1] if name in SCORES else samples[0]["filter"]
     rows = sorted((s for s in samples if s["filter"] == wanted and metric in s), key=lambda s: s["doc_id"])
     pairs = [_hits(row[metric]) for row in rows]
     whole = found["results"][name].get(f"{metric},{wanted}")
-    if (
-        not pairs
-        or any(pair is None or not 0 <= pair[0] <= pair[1] + ROUNDING for pair in pairs)
-        or not found["higher_is_better"][name].get(metric, True)
-    ):
-        raise ConfigError(f"the {metric} of task '{name}' is no share of right answers; name a task that counts those")
+    if not pairs or any(pair is None or not 0 <= pair[0] <= pair[1] + ROUNDING for pair in pairs):
+        raise no_share(name, metric)
     items = TaskItems(hits=[p[0] for p in pairs if p], counts=[p[1] for p in pairs if p])
     if not isinstance(whole, int | float) or abs(items.score / 100 - whole) > ROUNDING:
         raise ConfigError(
@@ -171,7 +167,7 @@ def _score(name: str, found: Mapping[str, Any], shots: int) -> TaskScore:
     return TaskScore(
         metric=metric,
         filter=wanted,
-        shots=shots,
+        shots=task.get_config("num_fewshot"),
         items=items,
         documents=tuple(f"{row['doc_hash']} {row['prompt_hash']}" for row in rows),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .benchmarks import Benchmark
+from .benchmarks import SCORES, Benchmark
 from .errors import ConfigError, CrispEditError, did_you_mean
 from .progress import Progress, no_progress
 from .untouched import untouched_process
@@ -79,6 +79,9 @@ def load_benchmarks(
         for number, benchmark in enumerate(benchmarks):
             found += _load(manager, benchmark)
             progress("loading tasks", number + 1, len(benchmarks))
+    names = [one.name for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"task '{twice}' is named twice, by itself and with others; name it once")
     return found
 
 
@@ -144,6 +147,29 @@ def _check(name: str, task: Any) -> None:
         raise ConfigError(f"task '{name}' asks about images or sounds; name a task of text alone")
     if getattr(task, "UNSAFE_CODE", False):
         raise ConfigError(f"task '{name}' runs code that the model writes; run it by lm_eval, where that is fenced off")
+    metric, registry = metric_of(name, task), import_harness("lm_eval.api.registry")
+    rule = task.aggregation().get(metric)
+    other = rule is not registry.get_aggregation("mean") and rule in registry.AGGREGATION_REGISTRY.values()
+    if other or not task.higher_is_better().get(metric, True):
+        raise no_share(name, metric)
+
+
+def metric_of(name: str, task: Any) -> str:
+    """The metric that is a task's score.
+
+    Args:
+        name: Of the task.
+        task: As the harness loaded it.
+
+    Returns:
+        That of ``SCORES``, else the first that the task lists.
+    """
+    return SCORES[name][0] if name in SCORES else str(next(iter(task.aggregation())))
+
+
+def no_share(name: str, metric: str) -> ConfigError:
+    """The error for a task whose score is none that is measured here."""
+    return ConfigError(f"the {metric} of task '{name}' is no share of right answers; name a task that counts those")
 
 
 def _line(error: Exception) -> str:

@@ -83,10 +83,11 @@ def untouched_process(logger: str) -> Iterator[None]:
     loggers = [logging.getLogger(), logging.getLogger(logger)]
     logs = [(one, one.level, list(one.handlers), one.propagate) for one in loggers]
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loggers[1].setLevel(logging.ERROR)
-            yield
+            with torch.random.fork_rng(), contextlib.redirect_stdout(sys.stderr):
+                yield
     finally:
         for one, level, handlers, propagate in logs:
             one.setLevel(level)
