@@ -18,8 +18,8 @@ LAYERS = (
     "_version errors memory artifacts progress isolated statistics bundled edits models texts threshold eigen "
     "moments spectrum subspace completion rotation updates factors description halves curvature cache rows forward "
     "costs speed replay precision training editors generation judge wild capability benchmarks untouched "
-    "harness_tasks harness tasks checkpoint proof editing evaluation assumed planning jobs demo plot tradeoff "
-    "scatter comparing console cli"
+    "harness_tasks harness harness_job tasks checkpoint proof editing evaluation assumed planning jobs demo plot "
+    "tradeoff scatter comparing console cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

@@ -144,6 +144,7 @@ CASES = {
         "evaluate bundled good.json --tasks mmlu --task-batch-size 0",
         "task batch size is 0",
     ),
+    "a limit for no tasks": ("evaluate bundled good.json --task-limit 5", "name some by --tasks"),
     "tasks from no directory": (
         "evaluate bundled good.json --tasks mmlu --include-path nowhere",
         "include path 'nowhere' is no directory",

@@ -455,8 +455,10 @@ def evaluate(
     _check_json(json)
     if protocol != "wild":
         raise ConfigError(f"protocol is '{protocol}'; it must be wild")
+    from .harness_job import HarnessJob
     from .jobs import evaluate_job
 
+    harness = HarnessJob.of(tasks, limit=task_limit, batch_size=task_batch_size, include_path=include_path)
     with _bars() as progress:
         result = evaluate_job(
             model,
@@ -468,10 +470,7 @@ def evaluate(
             chat=chat,
             conflicts=conflicts,
             stop_at_period=stop_at_period,
-            tasks=tasks,
-            task_limit=task_limit,
-            task_batch_size=task_batch_size,
-            include_path=include_path,
+            harness=harness,
             options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
             progress=progress,
         )

@@ -10,7 +10,6 @@ import torch
 
 from . import cache
 from .artifacts import read_json
-from .benchmarks import parse_benchmarks, records
 from .bundled import corpus, world
 from .checkpoint import load_edited, read_record
 from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
@@ -25,8 +24,7 @@ from .errors import ArtifactError, ConfigError, ModelError, TextsError
 from .evaluation import evaluate
 from .generation import BATCH_TOKENS
 from .halves import token_halves
-from .harness import rows_at_once, run_benchmarks
-from .harness_tasks import Loaded, import_harness, load_benchmarks
+from .harness_job import HarnessJob
 from .judge import find_judge
 from .memory import free_memory, resident_bytes
 from .models import (
@@ -49,7 +47,6 @@ from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
 from .rows import Prompter
 from .speed import measure_speed
-from .statistics import LEVEL
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
 from .wild import questions
 
@@ -511,10 +508,7 @@ def evaluate_job(
     chat: str = "auto",
     conflicts: str = "error",
     stop_at_period: bool = False,
-    tasks: str | None = None,
-    task_limit: int | None = None,
-    task_batch_size: int | None = None,
-    include_path: Path | None = None,
+    harness: HarnessJob | None = None,
     options: dict[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -530,30 +524,19 @@ def evaluate_job(
         chat: Whether prompts go through the chat template.
         conflicts: What to do with one prompt and several targets.
         stop_at_period: Also cut answers at the first period.
-        tasks: Of lm-evaluation-harness (:func:`crispedit.benchmarks.parse_benchmarks`).
-        task_limit: The first so many documents of each.
-        task_batch_size: Rows at once; found when omitted.
-        include_path: A directory with further tasks.
+        harness: Tasks of lm-evaluation-harness.
         options: For :func:`crispedit.models.load_model`.
         progress: Called during every longer step.
 
     Returns:
-        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`; with tasks, their scores among those of
-        the bundled world, and how they came about as ``harness``.
-
-    Raises:
-        ConfigError: The batch size of the tasks cannot be used.
+        The evaluation, in the shape of :func:`crispedit.evaluation.evaluate`; with tasks of the harness, their scores
+        among those of the bundled world, and how they came about as ``harness``.
     """
     find_judge(judge)  # before anything is loaded
-    if task_batch_size is not None and task_batch_size < 1:
-        raise ConfigError(f"task batch size is {task_batch_size}; it must be at least 1, or left out to be found")
-    benchmarks = parse_benchmarks(tasks, limit=task_limit) if tasks is not None else ()
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
-    there: list[Loaded] = []
-    if benchmarks:
-        there = load_benchmarks(benchmarks, include_path=include_path, metadata={"edits": edits}, progress=progress)
+    there = harness.load(edits, progress=progress) if harness is not None else []
     loaded = load_edited(model, **(options or {}))
     base_model = load_edited(base, **(options or {})).model if base is not None else None
     result = evaluate(
@@ -568,31 +551,12 @@ def evaluate_job(
         stop_at_period=stop_at_period,
         progress=progress,
     )
-    if there:
-        result["harness"] = _run_tasks(loaded, base_model, there, chat, task_batch_size, progress)
+    if harness is not None:
+        result["harness"] = harness.run(there, loaded, base_model, chat=chat, progress=progress)
         own = result["capability"]["tasks"]
         for name, found in result["harness"]["tasks"].items():
             own[f"lm_eval {name}" if name in own else name] = found["score"]
     return result
-
-
-def _run_tasks(
-    loaded: LoadedModel, base: Any, there: Sequence[Loaded], chat: str, batch_size: int | None, progress: Progress
-) -> dict[str, Any]:
-    """Scores of harness tasks, beside those of the base model if there is one, and what they were made with."""
-    options: dict[str, Any] = {
-        "chat": Prompter.of(loaded.model, loaded.tokenizer, chat=chat, eos=False).chat,  # type: ignore[arg-type]
-        "batch_size": batch_size or rows_at_once(loaded.model),
-    }
-    found = run_benchmarks(loaded.model, loaded.tokenizer, there, **options, progress=progress)
-
-    def of_base_model(what: str, done: int, total: int) -> None:
-        progress(f"base: {what}", done, total)
-
-    of_base = None
-    if base is not None:
-        of_base = run_benchmarks(base, loaded.tokenizer, there, **options, progress=of_base_model)
-    return {"lm_eval": import_harness().__version__, "level": LEVEL, "tasks": records(found, of_base)}
 
 
 def _drift_texts(model: str, path: Path | None, record: dict[str, Any] | None) -> Sequence[str] | None:
