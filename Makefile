@@ -1,4 +1,5 @@
-# One virtual environment, .venv, for everything. torch is pinned in constraints.txt: give it to every pip call.
+# One virtual environment, .venv, for everything. constraints.txt pins torch, and the harness whose faults are tested:
+# give it to every pip call.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

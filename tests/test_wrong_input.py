@@ -142,6 +142,18 @@ CASES = {
     ),
     "misspelt protocol": ("evaluate bundled good.json --protocol teacher_forced", "did you mean 'teacher-forced'?"),
     "unknown judge": ("evaluate bundled good.json --judge exakt", "did you mean 'exact'?"),
+    "tasks of no name": ("evaluate bundled good.json --tasks ,", "name tasks of lm-evaluation-harness, or paper"),
+    "tasks with a wrong number of examples": ("evaluate bundled good.json --tasks mmlu:five", "as in mmlu:5"),
+    "no documents of tasks": ("evaluate bundled good.json --tasks mmlu --task-limit 0", "task limit is 0"),
+    "empty batches of tasks": (
+        "evaluate bundled good.json --tasks mmlu --task-batch-size 0",
+        "task batch size is 0",
+    ),
+    "a limit for no tasks": ("evaluate bundled good.json --task-limit 5", "name some by --tasks"),
+    "tasks from no directory": (
+        "evaluate bundled good.json --tasks mmlu --include-path nowhere",
+        "include path 'nowhere' is no directory",
+    ),
     "JSON into a directory": ("evaluate bundled good.json --json full", "is a directory"),
     "report of an unknown kind": ("evaluate bundled good.json --report report.pdf", "must end in .html, .md or .json"),
     "report into a directory": ("evaluate bundled good.json --report full.html", "is a directory"),
@@ -219,6 +231,18 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(work, capsys, monk
     ]
     assert not (work / "out").exists()
     assert not (work / "plot.png").exists()
+
+
+def test_tasks_without_the_harness_are_refused_before_any_work(work, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert cli._run(["evaluate", "bundled", "good.json", "--tasks", "mmlu", "--json", "out.json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("crispedit: --tasks needs lm-evaluation-harness (")
+    assert captured.err.endswith("): pip install 'crispedit[tasks]'\n")
+    assert not (work / "out.json").exists()
 
 
 def test_a_plan_with_a_curvature_of_other_matrices_is_refused(work, capsys):

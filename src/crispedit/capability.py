@@ -121,10 +121,13 @@ def measure_drift(
 
 @dataclass(frozen=True, kw_only=True)
 class TaskItems:
-    """The items of one task: how often each was right, and how often it was asked (prose: at every next token)."""
+    """The items of one task: how often each was right, and how often it was asked (prose: at every next token).
 
-    hits: list[int]
-    counts: list[int]
+    Of scores that are fractions, such as a share of probability, ``hits`` are too.
+    """
+
+    hits: Sequence[float]
+    counts: Sequence[int]
 
     @property
     def score(self) -> float:

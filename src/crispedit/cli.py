@@ -456,6 +456,14 @@ def evaluate(
     stop_at_period: Annotated[
         bool, typer.Option("--stop-at-period", help="End answers at the first '.' or line break, as published.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, NAME[:SHOTS],…, or paper (needs lm-eval).")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="The first N documents of every task.")] = None,
+    task_batch_size: Annotated[int | None, typer.Option(help="Rows at once in tasks; by default what fits.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A directory with further tasks, as lm_eval has it.")
+    ] = None,
     limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -478,13 +486,17 @@ def evaluate(
         "concurrency": endpoint_concurrency,
     }
     _check_endpoint(endpoint, live_options, texts, chat)
+    if endpoint is not None and (tasks is not None or protocol != "wild"):
+        raise ConfigError("a live server can only be asked freely: leave out --tasks and --protocol")
     _check_reports(report or [], curvature)
     if report and protocol == "teacher-forced":
         raise ConfigError("--report is of free answers: give --protocol wild or all")
+    from .harness_job import HarnessJob
     from .jobs import evaluate_job, evaluate_live_job
     from .live import LiveModel
     from .llm_judge import make_judge
 
+    harness = HarnessJob.of(tasks, limit=task_limit, batch_size=task_batch_size, include_path=include_path)
     with _bars() as progress:
         decide = make_judge(judge, model=judge_model, key_variable=judge_key_variable, concurrency=judge_concurrency)
         shared: dict[str, Any] = {
@@ -497,19 +509,27 @@ def evaluate(
             "progress": progress,
         }
         if endpoint is None:
-            found = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, **shared)
+            found = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, harness=harness, **shared)
         else:
             found = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
-    from .console import print_evaluations, print_judged
+    from .console import print_evaluations, print_judged, print_tasks
 
     result = found.summary()
     judged = "" if result["no_context"] is None else f", judge: {decide.name}"
     print_evaluations(f"{model} on {edits}{judged}", {"model": result})
     if result["judge"] is not None:
         print_judged(result["judge"])
+    if "harness" in result:
+        print_tasks(result["harness"])
     _write_json(json, result)
     if report:
         _write_reports(report, found, curvature)
+
+
+@app.command()
+def tasks() -> None:
+    """Print where the tasks about edits for lm-evaluation-harness are: lm_eval --include_path $(crispedit tasks)."""
+    typer.echo(Path(__file__).parent / "tasks")
 
 
 @app.command()

@@ -26,8 +26,8 @@ from .editing import EditResult
 from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
-from .statistics import LEVEL
-from .tradeoff import KINDS, ON_FRONT, Comparison
+from .statistics import LEVEL, Difference
+from .tradeoff import KINDS, ON_FRONT, Comparison, claim, interval
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -164,10 +164,13 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
         rows.append(["drift, nats/token", *(number(e["capability"]["drift"]) for e in columns.values())])
         rows.append(["capability loss, nats/token", *(number(e["capability"]["loss"]) for e in columns.values())])
     scores = [e["capability"]["tasks"] or {} for e in columns.values()]
-    for task in dict.fromkeys(task for of_model in scores for task in of_model):
+    apart = {
+        task for e in columns.values() for task in e.get("harness", {}).get("tasks", {})
+    }  # in a table of their own
+    for task in dict.fromkeys(task for of_model in scores for task in of_model if task not in apart):
         rows.append([f"{task.replace('_', ' ')}, %", *(percent(of_model.get(task)) for of_model in scores)])
-    judged = [e["judge"] for e in columns.values()]
-    if any(about["name"] != "exact" for about in judged):
+    judged = [e["judge"] for e in columns.values() if e["judge"] is not None]
+    if len(judged) == len(columns) and any(about["name"] != "exact" for about in judged):
         rows.append(["answers judged", *(f"{about['cases'] - about['unjudged']:,}" for about in judged)])
         rows.append(["answers not judged", *(f"{about['unjudged']:,}" for about in judged)])
         rows.append(["agreement with exact match, %", *(percent(about["agreement_with_exact"]) for about in judged)])
@@ -190,6 +193,30 @@ def print_judged(about: dict[str, Any]) -> None:
             f"{about['unreadable']:,} had a reply that is no verdict, and {about['failed']:,} a call that failed",
             soft_wrap=True,
         )
+
+
+def print_tasks(harness: dict[str, Any]) -> None:
+    """Tasks of lm-evaluation-harness: their scores, beside the base model's where there is one, and what that says."""
+    found = harness["tasks"]
+    columns = ["base", "score"] if any(task["base"] is not None for task in found.values()) else ["score"]
+    print_table(
+        f"lm-evaluation-harness {harness['lm_eval']}, scores in %",
+        ["", "shots", "documents", *(column.replace("score", "model") for column in columns)],
+        [
+            [name, str(task["shots"]), str(task["documents"]), *(percent(task[column]) for column in columns)]
+            for name, task in found.items()
+        ],
+    )
+    if len(columns) > 1:
+        out.print(f"less the base model, with {100 * harness['level']:g} % intervals of the paired differences:")
+    wide = max(map(len, found))
+    for name, task in found.items():
+        of_filter = "" if task["filter"] == "none" else f", {task['filter']}"
+        said = f"{task['metric']}{of_filter}"
+        if task["difference"] is not None:
+            difference = Difference(**task["difference"])
+            said = f"{interval(name, difference).strip('*')}  {claim(name, difference)}  ({said})"
+        out.print(f"  {name:<{wide}}  {said}", soft_wrap=True)
 
 
 def print_curvature(curvature: Curvature) -> None:

@@ -32,6 +32,7 @@ from .evaluation import (
 )
 from .generation import BATCH_TOKENS
 from .halves import token_halves
+from .harness_job import HarnessJob
 from .judge import Judge
 from .live import LiveModel
 from .memory import free_memory, resident_bytes
@@ -520,6 +521,7 @@ class Evaluated:
         after: Of the model.
         before: Of its base, on the same items.
         endpoint: Where the model is, if it is behind a live server.
+        harness: Tasks of lm-evaluation-harness, and how they came about.
     """
 
     model: str
@@ -532,10 +534,24 @@ class Evaluated:
     after: Evaluation
     before: Evaluation | None
     endpoint: dict[str, Any] | None = None
+    harness: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
-        """The means of the model, in the shape of :func:`crispedit.evaluation.evaluate`."""
-        return {**self.after.summary(), **({"endpoint": self.endpoint} if self.endpoint is not None else {})}
+        """The means of the model, in the shape of :func:`crispedit.evaluation.evaluate`.
+
+        Returns:
+            With them ``endpoint`` and ``harness``, where there are such; the harness's scores are also among those of
+            the bundled world's tasks.
+        """
+        found = self.after.summary()
+        if self.endpoint is not None:
+            found["endpoint"] = self.endpoint
+        if self.harness is not None:
+            found["harness"] = self.harness
+            own = found["capability"]["tasks"]
+            for name, task in self.harness["tasks"].items():
+                own[f"lm_eval {name}" if name in own else name] = task["score"]
+        return found
 
 
 def evaluate_job(
@@ -550,6 +566,7 @@ def evaluate_job(
     chat: str = "auto",
     conflicts: str = "error",
     stop_at_period: bool = False,
+    harness: HarnessJob | None = None,
     options: dict[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Evaluated:
@@ -566,6 +583,7 @@ def evaluate_job(
         chat: Whether prompts go through the chat template.
         conflicts: What to do with one prompt and several targets.
         stop_at_period: Judge what the published stop rule leaves of an answer.
+        harness: Tasks of lm-evaluation-harness.
         options: For :func:`crispedit.models.load_model`.
         progress: Called during every longer step.
 
@@ -576,6 +594,7 @@ def evaluate_job(
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
+    there = harness.load(edits, progress=progress) if harness is not None else []
     loaded = load_edited(model, **(options or {}))
     how: dict[str, Any] = {
         "protocol": protocol,
@@ -586,12 +605,15 @@ def evaluate_job(
         "stop_at_period": stop_at_period,
         "progress": progress,
     }
-    before = None
+    before = base_model = None
     if base is None:
         after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
     else:
         base_model = load_edited(base, **(options or {})).model
         after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
+    benchmarks = None
+    if harness is not None:
+        benchmarks = harness.run(there, loaded, base_model, chat=chat, progress=progress)
     return Evaluated(
         model=model,
         base=base,
@@ -602,6 +624,7 @@ def evaluate_job(
         stop_at_period=stop_at_period,
         after=after,
         before=before,
+        harness=benchmarks,
     )
 
 
