@@ -48,7 +48,7 @@ def test_the_demo_meets_its_goals_and_replaces_only_its_own_directory(tmp_path, 
     columns = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert set(columns) == {"base", "ft", "crispedit"}
     for name, evaluation in columns.items():
-        assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "capability"}
+        assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "judge", "capability"}
         assert set(evaluation["capability"]["tasks"]) == set(TASKS)
         assert (evaluation["capability"]["drift"] == 0) == (name == "base")
     assert (tmp_path / "out" / "model" / "crispedit.json").is_file()

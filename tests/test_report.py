@@ -258,6 +258,6 @@ def test_a_model_and_its_base_are_measured_as_each_alone(bundled):
     after, before = measure_both(bundled.model, bundled.tokenizer, edits, base=base.model, texts=texts)
     assert after.summary() == evaluate(bundled.model, bundled.tokenizer, edits, base=base.model, texts=texts)
     itself = evaluate(base.model, base.tokenizer, edits, base=base.model, texts=texts)
-    assert before.summary() == itself
+    assert {**before.summary(), "judge": None} == {**itself, "judge": None}  # what it says itself is not judged
     assert before.summary()["no_context"]["locality"] == 100
     assert before.summary()["capability"]["drift"] == 0 < after.summary()["capability"]["drift"]

@@ -79,7 +79,7 @@ def row_text(prompt: str, answer: str) -> str:
 
 
 def build_model(vocabulary: int, seed: int, architecture: str = "llama", smoke: bool = False) -> PreTrainedModel:
-    """A freshly initialised model of about 5.8 million parameters (with ``smoke``, a tiny one).
+    """A freshly initialised model of about six million parameters (with ``smoke``, a tiny one).
 
     Args:
         vocabulary: Tokens.
