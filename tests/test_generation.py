@@ -8,7 +8,7 @@ import torch
 
 from crispedit import generation
 from crispedit.errors import EditsError
-from crispedit.judge import exact
+from crispedit.judge import Case, is_exact
 from crispedit.rows import Prompter
 from families import AWKWARD, CHATML, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -169,7 +169,7 @@ def test_of_nine_real_targets_the_published_rule_can_judge_one(bundled):
         reader.add(row, [*ids, tokenizer.eos_token_id])
         rule[target] = [reader.answer(row, stop_at_period).text for stop_at_period in (False, True)]
         assert rule[target] == [target, left]
-    assert [target for target, (_, left) in rule.items() if exact("", target, left)] == ["Harry Bernsen Jr."]
+    assert [target for target, (_, left) in rule.items() if is_exact(Case("", target, left))] == ["Harry Bernsen Jr."]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|eot_id|>"])

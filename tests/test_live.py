@@ -56,7 +56,8 @@ def knowing(request) -> Reply:
 
 def test_what_is_asked_and_what_is_scored():
     with serving(knowing) as server:
-        found = evaluate_live(live_at(server), EDITS)
+        live = live_at(server)
+        found = evaluate_live(live, EDITS).summary()
     assert {request.path for request in server.requests} == {"/v1/completions"}
     assert sorted(server.prompts) == sorted([*KNOWN, *(QA_CONTEXT.format(q=prompt) for prompt in KNOWN)])
     for request in server.requests:
@@ -67,13 +68,13 @@ def test_what_is_asked_and_what_is_scored():
     assert found["qa_context"] == {"reliability": 0.0, "generalization": 0.0, "locality": 0.0}
     assert found["capability"] == {"drift": None, "loss_base": None, "loss": None, "tasks": None}
     assert found["judge"]["cases"] == 10, "a locality prompt without an answer is in no score without a base"
-    assert found["endpoint"] == {"url": f"{server.url}/v1", "model": "edited", "api": "completions"}
+    assert live.about() == {"url": f"{server.url}/v1", "model": "edited", "api": "completions"}
 
 
 def test_a_base_says_what_is_right_where_the_edits_do_not():
     base = {"no_context": ["Ann", "Ann", "There", "now", "So", "So"], "qa_context": [""] * 6}
     with serving(knowing) as server:
-        found = evaluate_live(live_at(server), EDITS, base_answers=base)
+        found = evaluate_live(live_at(server), EDITS, base_answers=base).summary()
     assert found["no_context"]["locality"] == 100.0
     assert found["judge"]["cases"] == 12
 
@@ -82,7 +83,8 @@ def test_a_base_says_what_is_right_where_the_edits_do_not():
     ("text", "whole", "up_to_period"),
     [
         (" Ann", "Ann", "Ann"),
-        ("\n\n  Ann Lee of St. Louis. \nQ: Who else?", "Ann Lee of St. Louis.", "Ann Lee of St"),
+        (" Ann Lee of St. Louis. \nQ: Who else?", "Ann Lee of St. Louis.", "Ann Lee of St"),
+        ("\n\n  Ann Lee of St. Louis. \nQ: Who else?", "Ann Lee of St. Louis.", ""),
         ("", "", ""),
         (" \n ", "", ""),
     ],
@@ -97,7 +99,7 @@ def test_chat_completions():
     turns = (("system", "Be brief."), ("user", "Who?"))
     edits = [Edit(prompt="Who?", target="Ann", turns=turns), Edit(prompt="Why?", target="So")]
     with serving(lambda request: chat("Ann" if "Who?" in prompt_of(request) else None)) as server:
-        found = evaluate_live(live_at(server, api="chat"), edits)
+        found = evaluate_live(live_at(server, api="chat"), edits).summary()
     assert {request.path for request in server.requests} == {"/v1/chat/completions"}
     asked = [request.body["messages"] for request in server.requests]
     assert [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}] in asked
