@@ -7,16 +7,41 @@ nothing written; 130 interrupted.
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from . import patch_cli, session_cli
+from . import evaluate_cli, patch_cli, session_cli
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
+from .options import (
+    BatchSize,
+    Chat,
+    Conflicts,
+    Device,
+    DeviceMap,
+    Dtype,
+    Edits,
+    Epochs,
+    FactorKind,
+    FisherType,
+    Json,
+    Layers,
+    Limit,
+    Model,
+    NoEos,
+    Overwrite,
+    Samples,
+    Seed,
+    Set,
+    Texts,
+    TrustRemoteCode,
+    bars,
+    check_json,
+    write_json_file,
+)
 from .settings import parse_settings
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
-    from .jobs import Evaluated
     from .models import LoadedModel
     from .texts import CapabilityTexts
 
@@ -30,28 +55,6 @@ app = typer.Typer(
 app.add_typer(session_cli.app, name="session")
 app.add_typer(patch_cli.app, name="patch")
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")]
-Edits = Annotated[str, typer.Argument(help="A .json, .jsonl or .csv file of edits, or bundled:demo|eval|train.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices, e.g. auto (needs accelerate).")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
-Texts = Annotated[Path | None, typer.Option(help="Capability texts: .jsonl or .json with 'text', or .txt.")]
-Samples = Annotated[int | None, typer.Option(help="How many of the texts to use; all by default.")]
-Layers = Annotated[str | None, typer.Option(help="Decoder blocks to edit, e.g. 19-23 or 4,5,6.")]
-FisherType = Annotated[str, typer.Option(help="mc (labels sampled from the model) or empirical.")]
-FactorKind = Annotated[str, typer.Option(help="dense, sketch, or auto: by the memory that is free.")]
-Chat = Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")]
-Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
-Epochs = Annotated[int, typer.Option(help="Passes over the edits, at most.")]
-BatchSize = Annotated[int, typer.Option(help="Edits per step, at most.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the editor; repeatable.")]
-NoEos = Annotated[bool, typer.Option("--no-eos", help="Targets without end-of-sequence, as published.")]
-Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
-
 
 @app.command()
 def demo(
@@ -60,10 +63,10 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """The main job on the bundled model: plain fine-tuning and CrispEdit on its 200 edits, no downloads."""
-    _check_json(json)
+    check_json(json)
     from .demo import run_demo
 
-    with _bars() as progress:
+    with bars() as progress:
         result = run_demo(out, seed=seed, progress=progress)
     from .console import out as stdout
     from .console import print_evaluations
@@ -72,7 +75,7 @@ def demo(
     for line in result.verdict:
         stdout.print(line, soft_wrap=True)
     stdout.print(f'the edited model is in {out}: crispedit ask {out} "{result.example}" --base bundled', soft_wrap=True)
-    _write_json(json, result.columns)
+    write_json_file(json, result.columns)
 
 
 @app.command()
@@ -95,7 +98,7 @@ def curvature(
     json: Json = None,
 ) -> None:
     """Compute the curvature of a model's capability loss, for any number of later edits."""
-    _check_json(json)
+    check_json(json)
     from .artifacts import check_writable
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
@@ -117,7 +120,7 @@ def curvature(
     from . import cache
     from .console import print_curvature
 
-    with _bars() as progress:
+    with bars() as progress:
         loaded = _load(model, device, dtype, device_map, trust_remote_code)
         found = Curvature.estimate(
             loaded.model,
@@ -142,7 +145,7 @@ def curvature(
     from .console import out as stdout
 
     stdout.print(f"the curvature is in {out}" + (f", its picture in {plot}" if plot else ""), soft_wrap=True)
-    _write_json(json, found.manifest(with_texts=False))
+    write_json_file(json, found.manifest(with_texts=False))
 
 
 @app.command()
@@ -166,7 +169,7 @@ def plan(
     json: Json = None,
 ) -> None:
     """Say what an edit will take before a weight is loaded: matrices, memory, disk, time, and what would fit."""
-    _check_json(json)
+    check_json(json)
     from .jobs import PlanJob
 
     job = PlanJob(
@@ -188,7 +191,7 @@ def plan(
     from .console import print_plan
 
     print_plan(found, f"{model} edited with {edits}")
-    _write_json(json, found.record())
+    write_json_file(json, found.record())
 
 
 @app.command()
@@ -231,7 +234,7 @@ def edit(
     """Edit a model, prove what the edit did, and save what was proved."""
     from .jobs import EditJob
 
-    _check_json(json)
+    check_json(json)
     named = {
         "energy": energy,
         "lr": None if lr is None else _rate(lr),
@@ -269,7 +272,7 @@ def edit(
     check_writable(out, overwrite=overwrite)
     if save == "model":
         check_room(job.model, out)
-    with _bars() as progress:
+    with bars() as progress:
         result = job.run(
             device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress
         )
@@ -279,7 +282,7 @@ def edit(
 
     print_proof(result)
     stdout.print(f"the edited model is in {out}" if save == "model" else f"the change is in {out}", soft_wrap=True)
-    _write_json(json, {"out": str(out), **result.record()})
+    write_json_file(json, {"out": str(out), **result.record()})
 
 
 @app.command()
@@ -311,7 +314,7 @@ def compare(
     json: Json = None,
 ) -> None:
     """Compare editors from the same base on the same questions: a table, a picture, intervals of all differences."""
-    _check_json(json)
+    check_json(json)
     from .comparing import PLOT, RESULTS, TABLE, CompareJob, write_comparison
 
     job = CompareJob(
@@ -334,7 +337,7 @@ def compare(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    with _bars(keep=False) as progress:
+    with bars(keep=False) as progress:
         found = job.run(progress=progress)
     from .console import err, print_comparison
     from .console import out as stdout
@@ -344,7 +347,7 @@ def compare(
     if PLOT not in written and found.kept:
         err.print("the picture needs matplotlib: pip install 'crispedit[plot]', and the same command again")
     stdout.print(f"{', '.join(written)} are in {out}", soft_wrap=True)
-    _write_json(json, found.record())
+    write_json_file(json, found.record())
     if found.failed:
         raise EditFailed(f"{len(found.failed)} of {len(found.rows)} rows failed; the same command runs them again")
 
@@ -370,10 +373,10 @@ def train_mend(
     json: Json = None,
 ) -> None:
     """Train the hypernetwork of editor mend, once per model; interrupted, the same command goes on."""
-    _check_json(json)
+    check_json(json)
     from .jobs import train_mend_job
 
-    with _bars() as progress:
+    with bars() as progress:
         record = train_mend_job(
             model,
             train_edits,
@@ -396,7 +399,7 @@ def train_mend(
 
     print_training(record)
     stdout.print(f"the hypernetwork is in {out}: crispedit edit … --editor mend --set network={out}", soft_wrap=True)
-    _write_json(json, record)
+    write_json_file(json, record)
 
 
 @app.command()
@@ -405,7 +408,7 @@ def editors(
     json: Json = None,
 ) -> None:
     """List the editors, or the settings and presets of one."""
-    _check_json(json)
+    check_json(json)
     from .console import print_texts
     from .editors import describe_editor, editor_names
 
@@ -419,7 +422,7 @@ def editors(
                 for name, (default, meaning) in about["settings"].items()
             ],
         )
-        _write_json(json, about)
+        write_json_file(json, about)
         return
     every = {name: describe_editor(name) for name in editor_names()}
     print_texts(
@@ -427,109 +430,16 @@ def editors(
         ["editor", "what it does", "presets", "needs"],
         [[name, about["summary"], ", ".join(about["presets"]), about["needs"]] for name, about in every.items()],
     )
-    _write_json(json, every)
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    edits: Edits,
-    base: Annotated[str | None, typer.Option(help="The model before editing, for drift.")] = None,
-    protocol: Annotated[str, typer.Option(help="wild (free greedy answers), teacher-forced, or all.")] = "wild",
-    judge: Annotated[str, typer.Option(help="exact, contains, or URL of an OpenAI-compatible server.")] = "exact",
-    judge_model: Annotated[str | None, typer.Option(help="With a URL, the judge's name at that server.")] = None,
-    judge_key_variable: Annotated[
-        str | None, typer.Option(help="Environment variable with the judge's key; OPENAI_API_KEY by default.")
-    ] = None,
-    judge_concurrency: Annotated[int | None, typer.Option(help="Calls of the judge at once; 8 by default.")] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="Ask a live OpenAI-compatible server; MODEL is the model's name there.")
-    ] = None,
-    endpoint_api: Annotated[
-        str | None, typer.Option(help="How it is asked: completions (the default) or chat.")
-    ] = None,
-    endpoint_key_variable: Annotated[
-        str | None, typer.Option(help="Environment variable with its key; OPENAI_API_KEY by default.")
-    ] = None,
-    endpoint_concurrency: Annotated[int | None, typer.Option(help="Calls to it at once; 8 by default.")] = None,
-    texts: Texts = None,
-    stop_at_period: Annotated[
-        bool, typer.Option("--stop-at-period", help="End answers at the first '.' or line break, as published.")
-    ] = False,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness, NAME[:SHOTS],…, or paper (needs lm-eval).")
-    ] = None,
-    task_limit: Annotated[int | None, typer.Option(help="The first N documents of every task.")] = None,
-    task_batch_size: Annotated[int | None, typer.Option(help="Rows at once in tasks; by default what fits.")] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="A directory with further tasks, as lm_eval has it.")
-    ] = None,
-    limit: Limit = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    chat: Chat = "auto",
-    conflicts: Conflicts = "error",
-    report: Annotated[
-        list[Path] | None, typer.Option(help="A report to this .html, .md or .json file; repeatable.")
-    ] = None,
-    curvature: Annotated[
-        Path | None, typer.Option(help="Drawn in the report; the one the model was edited with by default.")
-    ] = None,
-    json: Json = None,
-) -> None:
-    """Evaluate a model on edits and on its capabilities; with --base, against the model before editing."""
-    _check_json(json)
-    live_options: dict[str, Any] = {
-        "api": endpoint_api,
-        "key_variable": endpoint_key_variable,
-        "concurrency": endpoint_concurrency,
-    }
-    _check_endpoint(endpoint, live_options, texts, chat)
-    if endpoint is not None and (tasks is not None or protocol != "wild"):
-        raise ConfigError("a live server can only be asked freely: leave out --tasks and --protocol")
-    _check_reports(report or [], curvature)
-    if report and protocol == "teacher-forced":
-        raise ConfigError("--report is of free answers: give --protocol wild or all")
-    from .harness_job import HarnessJob
-    from .jobs import evaluate_job, evaluate_live_job
-    from .live import LiveModel
-    from .llm_judge import make_judge
-
-    harness = HarnessJob.of(tasks, limit=task_limit, batch_size=task_batch_size, include_path=include_path)
-    with _bars() as progress:
-        decide = make_judge(judge, model=judge_model, key_variable=judge_key_variable, concurrency=judge_concurrency)
-        shared: dict[str, Any] = {
-            "base": base,
-            "judge": decide,
-            "limit": limit,
-            "conflicts": conflicts,
-            "stop_at_period": stop_at_period,
-            "options": {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
-            "progress": progress,
-        }
-        if endpoint is None:
-            found = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, harness=harness, **shared)
-        else:
-            found = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
-    from .console import print_evaluations, print_judged, print_tasks
-
-    result = found.summary()
-    judged = "" if result["no_context"] is None else f", judge: {decide.name}"
-    print_evaluations(f"{model} on {edits}{judged}", {"model": result})
-    if result["judge"] is not None:
-        print_judged(result["judge"])
-    if "harness" in result:
-        print_tasks(result["harness"])
-    _write_json(json, result)
-    if report:
-        _write_reports(report, found, curvature)
+    write_json_file(json, every)
 
 
 @app.command()
 def tasks() -> None:
     """Print where the tasks about edits for lm-evaluation-harness are: lm_eval --include_path $(crispedit tasks)."""
     typer.echo(Path(__file__).parent / "tasks")
+
+
+app.command()(evaluate_cli.evaluate)
 
 
 @app.command()
@@ -544,7 +454,7 @@ def ask(
     json: Json = None,
 ) -> None:
     """Ask a model one thing, and its base beside it."""
-    _check_json(json)
+    check_json(json)
     if not prompt.strip():
         raise ConfigError("the prompt is empty; ask something")
     from .generation import answers
@@ -559,21 +469,7 @@ def ask(
     from .console import print_table
 
     print_table(prompt, ["model", "answer"], [[name, answer or "(empty)"] for name, answer in given.items()])
-    _write_json(json, {"prompt": prompt, "answers": given})
-
-
-def _check_endpoint(endpoint: str | None, options: dict[str, Any], texts: Path | None, chat: str) -> None:
-    """Refuses options that would do nothing, with a live server and without one."""
-    if endpoint is None:
-        for name, value in options.items():
-            if value is not None:
-                raise ConfigError(f"--endpoint-{name.replace('_', '-')} is for a live server: give --endpoint URL")
-    elif texts is not None:
-        raise ConfigError("--texts is for drift, which a live server cannot be measured for; leave it out")
-    elif chat != "auto":
-        raise ConfigError(
-            f"--chat is '{chat}', but a live server has its own template: give --endpoint-api chat or not"
-        )
+    write_json_file(json, {"prompt": prompt, "answers": given})
 
 
 def _load(name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
@@ -586,12 +482,6 @@ def _texts(model: str, path: Path | None, samples: int | None, seed: int) -> "Ca
     from .jobs import capability_texts
 
     return capability_texts(model, path, samples, seed)
-
-
-def _bars(**options: Any) -> Any:
-    from .console import progress_bars
-
-    return progress_bars(**options)
 
 
 def _required(value: str | None, name: str) -> str:
@@ -607,58 +497,6 @@ def _rate(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise ConfigError(f"lr is '{text}'; it must be a number above 0, or auto") from None
-
-
-def _check_reports(paths: list[Path], curvature: Path | None) -> None:
-    """Refuses reports that cannot be written, before any work is done."""
-    from .artifacts import check_writable
-
-    if curvature is not None:
-        if not paths:
-            raise ConfigError("--curvature is drawn in a report: give --report FILE.html too")
-        from .curvature import read_manifest
-
-        read_manifest(curvature)
-    for path in paths:
-        if path.suffix.lower() not in (".html", ".md", ".json"):
-            raise ConfigError(f"cannot write the report '{path}'; its name must end in .html, .md or .json")
-        if path.is_dir():
-            raise ConfigError(f"--report '{path}' is a directory; name a file")
-        check_writable(path.parent, overwrite=True)
-
-
-def _write_reports(paths: list[Path], found: "Evaluated", curvature: Path | None) -> None:
-    from .artifacts import write_json, write_text
-    from .console import out as stdout
-    from .report import report_data
-    from .report_curvature import find_curvature
-    from .report_html import html
-    from .report_markdown import markdown
-
-    with _bars() as progress:
-        data = report_data(found, curvature=find_curvature(found.record, curvature), progress=progress)
-    for path in paths:
-        suffix = path.suffix.lower()
-        if suffix == ".json":
-            write_json(path, data)
-        else:
-            write_text(path, html(data) if suffix == ".html" else markdown(data))
-    stdout.print(data["verdict"]["sentence"], soft_wrap=True)
-    stdout.print(f"the report is in {', '.join(map(str, paths))}", soft_wrap=True)
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuses a --json file that cannot be written, before any work is done."""
-    from .artifacts import check_writable_file
-
-    check_writable_file(path, "--json")
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    if path is not None:
-        from .artifacts import write_json
-
-        write_json(path, value)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -5,32 +5,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import Json, Model, Overwrite, TrustRemoteCode, check_json, write_json_file
+
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
     from .patch import Patch
 
 app = typer.Typer(help="Exact differences of models, in one file each.", no_args_is_help=True, rich_markup_mode=None)
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")]
 Files = Annotated[list[Path], typer.Argument(help="Patches, in the order in which they were made.")]
 Out = Annotated[Path, typer.Option(help="Directory for the model.")]
 OutFile = Annotated[Path, typer.Option(help="File for the patch, .safetensors.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
 
 
 @app.command()
 def show(file: Annotated[Path, typer.Argument(help="A patch.")], json: Json = None) -> None:
     """Say what a patch is for and what it changes; no tensor is read."""
-    from .artifacts import check_writable_file, write_json
     from .console import print_patch
     from .patch import read_manifest
 
-    check_writable_file(json, "--json")
+    check_json(json)
     manifest = read_manifest(file)
     print_patch(str(file), manifest)
-    if json is not None:
-        write_json(json, manifest)
+    write_json_file(json, manifest)
 
 
 @app.command()

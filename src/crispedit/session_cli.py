@@ -8,6 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import ConfigError
+from .options import (
+    Chat,
+    Conflicts,
+    Device,
+    Dtype,
+    Edits,
+    Json,
+    Layers,
+    Limit,
+    Model,
+    Overwrite,
+    Samples,
+    Seed,
+    Set,
+    Texts,
+    TrustRemoteCode,
+    bars,
+    check_json,
+    write_json_file,
+)
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
     from .progress import Progress
@@ -16,30 +36,25 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must 
 app = typer.Typer(help="Edit a model in rounds, and take them back.", no_args_is_help=True, rich_markup_mode=None)
 
 Directory = Annotated[Path, typer.Argument(help="The session.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
 KeepEdits = Annotated[
     bool, typer.Option("--keep-edits", help="Keep the edits themselves, to check them later and to replay them.")
 ]
-Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
-Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
 
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")],
+    model: Model,
     directory: Annotated[Path, typer.Argument(help="A new directory for the session.")],
     editor: Annotated[str, typer.Option(help="The method, or METHOD:PRESET; see 'crispedit editors'.")] = "crispedit",
     curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="Capability texts: .jsonl or .json with 'text', or .txt.")] = None,
-    samples: Annotated[int | None, typer.Option(help="How many of the texts to use; all by default.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Decoder blocks to edit, e.g. 19-23 or 4,5,6.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the editor.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same machine, same result.")] = 0,
-    chat: Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")] = "auto",
+    texts: Texts = None,
+    samples: Samples = None,
+    layers: Layers = None,
+    set_: Set = None,
+    seed: Seed = 0,
+    chat: Chat = "auto",
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Begin a session: the base model by name, the curvature of its capability loss, and how rounds are edited."""
@@ -58,7 +73,7 @@ def init(
     chosen = parse_layers(layers) if layers is not None else None
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     found = Curvature.load(curvature) if curvature is not None else None
-    with _bars() as progress:
+    with bars() as progress:
         if found is None and config.needs_curvature():
             job = EditJob(
                 model=model,
@@ -79,7 +94,7 @@ def init(
 @app.command()
 def edit(
     directory: Directory,
-    edits: Annotated[str, typer.Argument(help="A .json, .jsonl or .csv file of edits, or bundled:demo|eval|train.")],
+    edits: Edits,
     keep_edits: KeepEdits = False,
     limit: Limit = None,
     conflicts: Conflicts = "error",
@@ -88,20 +103,18 @@ def edit(
     json: Json = None,
 ) -> None:
     """Make a round: edit the newest model, prove it, and keep it."""
-    from .artifacts import check_writable_file, write_json
     from .console import out, print_proof
     from .jobs import read_edits
 
-    check_writable_file(json, "--json")
+    check_json(json)
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    with _bars() as progress, _writing(directory, progress, options) as session:
+    with bars() as progress, _writing(directory, progress, options) as session:
         result = session.edit(edit_set, keep_edits=keep_edits, progress=progress, **options)
         record = session.rounds[-1]
     print_proof(result)
     out.print(f"round {record['number']} is in {directory}", soft_wrap=True)
-    if json is not None:
-        write_json(json, record)
+    write_json_file(json, record)
 
 
 @app.command()
@@ -109,17 +122,15 @@ def log(directory: Directory, json: Json = None) -> None:
     """Say what was done, when; no tensor is read."""
     from datetime import datetime
 
-    from .artifacts import check_writable_file, write_json
     from .console import out
     from .store import Store
 
-    check_writable_file(json, "--json")
+    check_json(json)
     with Store.reading(directory) as store:
         entries = store.entries()
     for when, entry in entries:
         out.print(f"{datetime.fromtimestamp(when):%Y-%m-%d %H:%M:%S}  {entry}", soft_wrap=True)
-    if json is not None:
-        write_json(json, [{"time": when, "entry": entry} for when, entry in entries])
+    write_json_file(json, [{"time": when, "entry": entry} for when, entry in entries])
 
 
 @app.command()
@@ -129,12 +140,11 @@ def status(
     json: Json = None,
 ) -> None:
     """Say what the session is, and how its rounds went; no tensor is read."""
-    from .artifacts import check_writable_file, write_json
     from .console import print_session
     from .errors import ArtifactError
     from .store import Store
 
-    check_writable_file(json, "--json")
+    check_json(json)
     with Store.reading(directory) as store:
         found = {
             "directory": str(directory),
@@ -144,11 +154,10 @@ def status(
             "rounds": store.rounds(),
         }
         if verify:
-            with _bars() as progress:
+            with bars() as progress:
                 found["damaged"] = store.damaged(progress)
     print_session(found)
-    if json is not None:
-        write_json(json, found)
+    write_json_file(json, found)
     if found.get("damaged"):
         raise ArtifactError(f"{len(found['damaged'])} files are damaged or missing: {found['damaged'][0]}")
 
@@ -174,7 +183,7 @@ def revert(
         raise ConfigError("give --to N (the last round that stays) or --round N (the one that goes)")
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     given = [read_edits(name) for name in edits or []]
-    with _bars() as progress, _writing(directory, progress, options) as session:
+    with bars() as progress, _writing(directory, progress, options) as session:
         if to is not None:
             session.revert(to)
             said = f"the session is at round {to}"
@@ -196,18 +205,18 @@ def export(
     lora_energy: Annotated[float | None, typer.Option(help="A LoRA adapter that holds this share of ‖ΔW‖².")] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
     """Write the model of a round: merged, as one patch, or as a LoRA adapter whose loss is measured."""
     from .adapter import serving_line
-    from .artifacts import check_writable, check_writable_file, write_directory, write_json
+    from .artifacts import check_writable, check_writable_file, write_directory
     from .console import out as stdout
     from .console import print_adapter
     from .errors import ArtifactError
     from .session import Session
 
-    check_writable_file(json, "--json")
+    check_json(json)
     lora = lora_rank is not None or lora_energy is not None
     if merged + patch + (lora_rank is not None) + (lora_energy is not None) > 1:
         raise ConfigError("give one of --merged, --patch, --lora-rank R, --lora-energy E")
@@ -221,7 +230,7 @@ def export(
                 raise ArtifactError("the base model itself needs no patch; name a round")
             head.write(out)
         elif lora:
-            with _bars() as progress, write_directory(out, overwrite=overwrite) as building:
+            with bars() as progress, write_directory(out, overwrite=overwrite) as building:
                 record |= session.write_adapter(
                     building, number, rank=lora_rank, energy=lora_energy, progress=progress, **options
                 )
@@ -231,8 +240,7 @@ def export(
             with write_directory(out, overwrite=overwrite) as building:
                 session.write_merged(building, number, **options)
     stdout.print(f"the {'patch' if patch else 'adapter' if lora else 'model'} is in {out}", soft_wrap=True)
-    if json is not None:
-        write_json(json, record)
+    write_json_file(json, record)
 
 
 @contextmanager
@@ -246,9 +254,3 @@ def _writing(directory: Path, progress: "Progress", options: dict[str, Any]) -> 
             log.info("%d rounds are still to be made again: going on with them", len(session.pending))
             session.go_on(progress=progress, **options)
         yield session
-
-
-def _bars() -> Any:
-    from .console import progress_bars
-
-    return progress_bars()
