@@ -39,7 +39,7 @@ class Config(GradientConfig):
 
     presets: ClassVar[Presets] = {"published": {**PUBLISHED, "energy": 0.5, "stop_loss": 0.05, "variant": "published"}}
 
-    energy: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
     variant: Literal["inputs", "published"] = "inputs"
 
     def needs_curvature(self) -> bool:
