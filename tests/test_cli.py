@@ -120,7 +120,7 @@ def test_the_editors_are_listed_with_their_settings(work, capsys):
     assert set(json.loads((work / "editors.json").read_text())) == set(editor_names())
     program("editors", "adam-nscl", "--json", "one.json")
     about = json.loads((work / "one.json").read_text())
-    assert about["settings"]["energy"][0] == 0.5
+    assert about["settings"]["energy"][0] == 0.9
     assert about["presets"]["published"]["variant"] == "published"
     assert about["needs"] == "a curvature"
     assert "stop_loss" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Editors that train with Adam, each against what its paper says, written plainly."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from crispedit.models import edit_matrices, frozen, load_model
 from crispedit.precision import float32_masters
 from crispedit.progress import no_progress
 from crispedit.rows import EditRow, Prompter
-from crispedit.texts import row_batches
+from crispedit.texts import row_batches, split_texts
 from crispedit.training import batches
 from reference import random_factor, random_rows, relative, tiny_gpt2, tiny_llama
 
@@ -246,39 +247,132 @@ def test_crispedit_seq_in_one_round_is_crispedit(bundled):
     assert all(torch.equal(one.delta[name], two.delta[name]) for name in one.delta)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
-def test_a_round_keeps_off_the_curvature_of_the_capabilities_and_of_earlier_rounds(family):
-    """By hand: the factors of the first round's rows, whole, at its weights; their mean with the capabilities'."""
-    model = BUILDERS[family]()
-    rounds, delta, curvature = run_tiny("crispedit-seq", model, energy=0.7, round_size=4)
-    assert [r.num_edits for r in rounds] == [4, 8]
-    first = BUILDERS[family]()
-    matrices = edit_matrices(first, None)
+def after_first_round(family, **settings):
+    """A tiny model whose first round of four rows is in, with its matrices, what they were, and those rows.
+
+    The first round alone has the same batches, as the rows of every round are shuffled from the same seed.
+    """
+    model, rows = BUILDERS[family](), tiny_rows()[:4]
+    module, config = configured("crispedit-seq", settings)
+    matrices = edit_matrices(model, None)
     before = {m.name: m.weight.clone() for m in matrices}
-    # the first round alone: the same batches, as the rows of one round are drawn from the same seed
-    _, config = configured("crispedit-seq", {"lr": 2e-3, "epochs": 4, "batch_size": 4, "stop_loss": 0.0, "energy": 0.7})
-    module = find_editor("crispedit-seq")
-    rows = tiny_rows()[:4]
-    with frozen(first), float32_masters(matrices):
+    curvature = curvature_of({m.name: spectrum_factors(m.shape, 2 * m.layer) for m in matrices})
+    with frozen(model), float32_masters(matrices):
         problem = EditProblem(
-            model=first, prompter=None, matrices=matrices, edits=[None] * 4, rows=rows, curvature=curvature, seed=0,
+            model=model, prompter=None, matrices=matrices, edits=[None] * 4, rows=rows, curvature=curvature, seed=0,
             progress=no_progress,
         )  # fmt: skip
         list(module.edit(problem, config))
-    tokens = row_batches(first, [row.ids for row in rows])
-    added = estimate_factors(first, matrices, tokens, seed=0)
+    return model, matrices, before, rows
+
+
+@pytest.mark.parametrize(
+    ("family", "weight", "optimizer"),
+    [("llama", 1, "fresh"), ("gpt2", 1, "fresh"), ("llama", 1, "kept"), ("llama", 0, "fresh"), ("llama", 20, "fresh"),
+     ("llama", "equal-trace", "fresh")],
+)  # fmt: skip
+def test_a_round_keeps_off_the_curvature_of_the_capabilities_and_of_earlier_rounds(family, weight, optimizer):
+    """By hand: the factors of the first round's rows, whole, at its weights; their mean with the capabilities'."""
+    settings = {"energy": 0.7, "history_weight": weight, "optimizer": optimizer}
+    rounds, delta, curvature = run_tiny("crispedit-seq", BUILDERS[family](), round_size=4, **settings)
+    assert [r.num_edits for r in rounds] == [4, 8]
+    loop = {"lr": 2e-3, "epochs": 4, "batch_size": 4, "stop_loss": 0.0}
+    first, matrices, before, rows = after_first_round(family, **loop, **settings)
+    added = estimate_factors(first, matrices, row_batches(first, [row.ids for row in rows]), seed=0)
     num_tokens = sum(len(row.ids) - 1 for row in rows)
+    parts = [curvature.factors, added]
+
+    def curved(factors):  # Σ over matrices of tr(A ⊗ G)
+        return sum(float(torch.trace(f.A) * torch.trace(f.G)) for f in factors.values())
+
+    ratio = (curved(parts[0]) / curved(parts[1])) ** 0.5
+    weights = [1, ratio] if weight == "equal-trace" else [40, weight * num_tokens]
     for m in matrices:
-        capability, new = curvature.factors[m.name], added[m.name]
+        capability, new = (of_part[m.name] for of_part in parts)
         assert new.num_tokens == num_tokens
-        total = 40 + num_tokens
-        A, G = ((40 * getattr(capability, side) + num_tokens * getattr(new, side)) / total for side in "AG")
+        A, G = (
+            (weights[0] * getattr(capability, side) + weights[1] * getattr(new, side)) / sum(weights) for side in "AG"
+        )
         second = delta[m.name] - (m.weight - before[m.name])  # what the second round did
-        merged = curvature_of({m.name: Factors(A=A, G=G, num_tokens=total)})
+        merged = curvature_of({m.name: Factors(A=A, G=G, num_tokens=1)})
         subspace = merged.subspace(m.name, 0.7)
         assert subspace.share_outside(second) < 1e-4  # float32, of differences of weights
-        assert curvature.subspace(m.name, 0.7).share_outside(second) > 0.01  # and it is not the first round's
-    assert rounds[0].details == {"tokens": 40 + num_tokens}
+        if weight != 0:
+            assert curvature.subspace(m.name, 0.7).share_outside(second) > 0.01  # and it is not the first round's
+    assert rounds[0].details == {"tokens": 40 + (num_tokens if weight else 0)}
+
+
+def in_rounds(bundled, texts, fisher="empirical", **settings):
+    """Three rounds of two edits on the bundled model; by round, the weights after it, and the result."""
+    curvature = Curvature.estimate(bundled.model, bundled.tokenizer, texts, layers=LAYERS, fisher=fisher)
+    weights = [{m.name: m.weight.clone() for m in edit_matrices(bundled.model, LAYERS)}]
+    result = edit(
+        bundled.model, bundled.tokenizer, ROWS, editor="crispedit-seq", curvature=curvature, texts=texts, round_size=2,
+        lr=1e-3, epochs=3, energy=0.8, **settings,
+        after_round=lambda _: weights.append({m.name: m.weight.clone() for m in edit_matrices(bundled.model, LAYERS)}),
+    )  # fmt: skip
+    return curvature, weights, result
+
+
+@pytest.mark.parametrize("settings", [{"history": "mix"}, {"refresh": 1e-6}], ids=["mix", "refreshed"])
+def test_the_curvature_of_the_texts_is_estimated_anew(bundled, settings):
+    """By estimates from nothing at the weights of the rounds before; data labels, so that nothing is sampled."""
+    texts = split_texts(TEXTS)
+    _, weights, result = in_rounds(bundled, texts, **settings)
+    assert [bool(r.get("refreshed")) for r in result.metrics["rounds"]] == [True, True, False]  # nothing follows
+    model = load_model("bundled").model
+    matrices = edit_matrices(model, LAYERS)
+    rows = [row.ids for row in Prompter.of(model, bundled.tokenizer).rows(edits_from_rows(ROWS))]
+    own = []
+    for number in (1, 2):  # after the first and the second round
+        for m in matrices:
+            m.weight.copy_(weights[number][m.name])
+        anew = Curvature.estimate(model, bundled.tokenizer, texts, layers=LAYERS, fisher="empirical")
+        own.append(anew.of_rows(model, matrices, rows[2 * number - 2 : 2 * number], seed=0))
+    history = [anew.of_rows(model, matrices, rows[:4], seed=0)] if "history" in settings else own
+    merged = replace_fingerprints([anew, *history])
+    for m in matrices:
+        change = weights[3][m.name] - weights[2][m.name]
+        assert merge(merged).subspace(m.name, 0.8).share_outside(change) < 1e-3  # the factors differ by rounding
+        if "history" in settings:  # and mix is not the history that was merged
+            assert merge(replace_fingerprints([anew, *own])).subspace(m.name, 0.8).share_outside(change) > 1e-3
+
+
+def replace_fingerprints(curvatures):
+    """Those of one model at several weights are merged on purpose here."""
+    return [replace(curvature, model_fingerprint="any") for curvature in curvatures]
+
+
+def test_little_movement_refreshes_nothing_and_texts_are_needed(bundled):
+    texts = split_texts(TEXTS)
+    curvature, _, result = in_rounds(bundled, texts, refresh=0.25)
+    assert not any(r.get("refreshed") for r in result.metrics["rounds"])
+    other = load_model("bundled")
+    with pytest.raises(ConfigError, match="needs capability texts: give --texts"):
+        edit(other.model, other.tokenizer, ROWS, editor="crispedit-seq", curvature=curvature, history="mix")
+
+
+def test_one_adam_goes_through_all_rounds():
+    """ft-seq by torch's Adam, whole model and no batching: eight rows, in two rounds of four steps each."""
+    model, plain = tiny_llama(), tiny_llama()
+    _, delta, _ = run_tiny("ft-seq", model, round_size=4, optimizer="kept", batch_size=1)
+    _, fresh, _ = run_tiny("ft-seq", tiny_llama(), round_size=4, batch_size=1)
+    matrices = edit_matrices(plain, None)
+    before = {m.name: m.weight.clone() for m in matrices}
+    optimizer = torch.optim.Adam([m.parameter for m in matrices], lr=2e-3)
+    for rows in (tiny_rows()[:4], tiny_rows()[4:]):
+        rng = random.Random(0)
+        for _ in range(4):
+            for (index,) in batches([len(row.ids) for row in rows], 1, rng, alike=False):
+                optimizer.zero_grad()
+                row = rows[index]
+                labels = torch.tensor(row.ids[row.prompt_length :])
+                torch.nn.functional.cross_entropy(model_logits(plain, row), labels).backward()
+                optimizer.step()
+    for m in matrices:
+        by_hand = m.weight.detach() - before[m.name]
+        assert relative(delta[m.name], by_hand) < 1e-3
+        assert relative(fresh[m.name], by_hand) > 1e-2
 
 
 def test_the_curvature_of_rows_goes_on_with_any_curvature(bundled):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
     "_version errors settings memory artifacts store progress isolated statistics endpoint workers replies bundled "
-    "edits models texts threshold eigen moments patch spectrum subspace completion rotation updates factors "
+    "edits models texts threshold eigen moments patch spectrum subspace completion rotation updates adam factors "
     "description halves curvature cache rows forward costs speed replay precision training editors generation judge "
     "grading llm_judge wild teacher_forced live capability benchmarks untouched harness_tasks harness harness_job "
     "tasks checkpoint adapter proof editing evaluation assumed session planning jobs demo plot tradeoff scatter "

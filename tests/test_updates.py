@@ -201,3 +201,49 @@ def test_a_filter_needs_a_threshold(subspace):
 def test_a_filter_of_measured_curvatures_is_that_of_products_if_they_are_products(subspace):
     measured = torch.outer(subspace.spectrum.beta, subspace.spectrum.alpha)
     assert relative(Filter(Subspace.of_table(subspace.spectrum, measured, ENERGY)).shrinkage, subspace.shrinkage) < 1e-6
+
+
+def other_subspace() -> Subspace:
+    A, G = factors()
+    turned = []
+    for M in (A, G):
+        noise = torch.randn(M.shape, generator=torch.Generator().manual_seed(len(M)))
+        Q = torch.linalg.qr(noise.to(M.dtype)).Q
+        turned.append(Q @ M @ Q.T)
+    return Subspace.of(Spectrum.of(*turned), ENERGY)
+
+
+def random_moments() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(D_OUT, D_IN), torch.rand(D_OUT, D_IN)
+
+
+@pytest.mark.parametrize("update", ["coordinates", "filter"])
+def test_moments_in_one_eigenbasis_are_turned_into_another(subspace, update):
+    """The mean as a matrix; the square as the diagonal of R diag(square) Rᵀ, R written out as a Kronecker product."""
+    mean, square = random_moments()
+    before, after = update_rule(update, subspace), update_rule(update, other_subspace())
+    of_mean, of_square = after.carried(before, mean, square)
+    (U_G, U_A), (V_G, V_A) = ((s.spectrum.output_basis, s.spectrum.input_basis) for s in (subspace, after.subspace))
+    expected = V_G.T @ (U_G @ mean @ U_A.T) @ V_A
+    if update == "coordinates":
+        expected = after.subspace.mask * expected
+        assert (of_mean[after.subspace.mask == 0] == 0).all()  # or Adam would go on moving there
+    assert relative(of_mean, expected) < 1e-5
+    R = torch.kron(V_G.T @ U_G, V_A.T @ U_A)  # rows of matrices one after the other
+    diagonal = (R @ torch.diag(square.flatten()) @ R.T).diagonal().reshape(D_OUT, D_IN)
+    assert relative(of_square, diagonal) < 1e-5
+
+
+def test_moments_in_the_same_basis_stay_and_others_are_projected_or_refused(subspace):
+    mean, square = random_moments()
+    same = Coordinates(subspace).carried(Coordinates(subspace), subspace.mask * mean, square)
+    assert relative(same[0], subspace.mask * mean) < 1e-5
+    assert relative(same[1], square) < 1e-5
+    for rule in (Projected(subspace), ProjectedGradient(subspace)):
+        of_mean, of_square = rule.carried(rule, mean, square)
+        assert relative(of_mean, project_by_equation_6(*factors(), ENERGY, mean)) < 1e-4
+        assert of_square is square
+    cross = Subspace.of(Spectrum.of(*factors()), ENERGY, "cross")
+    with pytest.raises(ConfigError, match="optimizer kept does not go with update leading"):
+        LeadingCoordinates(cross).carried(LeadingCoordinates(cross), mean, square)

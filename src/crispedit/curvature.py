@@ -42,7 +42,7 @@ from .moments import Kind, Moment, Sketch
 from .progress import Progress, log, no_progress
 from .spectrum import Spectrum
 from .subspace import Subspace
-from .texts import CapabilityTexts, row_batches, split_texts, text_batches
+from .texts import CapabilityTexts, TokenBatch, row_batches, split_texts, text_batches
 from .threshold import check_energy
 from .updates import coordinates_cost_little
 
@@ -376,11 +376,41 @@ class Curvature:
         Returns:
             A curvature that :func:`merge` adds to this one; it has no held-out texts.
         """
-        factors = estimate_factors(
-            model, matrices, row_batches(model, rows), fisher=self.fisher, seed=seed, kind=self.kind
-        )
         digest = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
-        return self._with(factors, {"source": "edits", "sha256": digest, "seed": seed, "samples": len(rows)})
+        about = {"source": "edits", "sha256": digest, "seed": seed, "samples": len(rows)}
+        return self._measured(model, matrices, row_batches(model, rows), seed, about)
+
+    def of_texts(
+        self, model: Any, tokenizer: Any, matrices: Sequence[EditMatrix], texts: CapabilityTexts, seed: int
+    ) -> Self:
+        """The curvature at capability texts of the same model, whose weights have moved since.
+
+        Args:
+            model: The causal LM, as edited so far.
+            tokenizer: Its tokenizer.
+            matrices: Those of this curvature.
+            texts: Of which the held-out fifth is left out.
+            seed: Of sampled labels.
+
+        Returns:
+            A curvature that takes the place of this one.
+        """
+        batches = text_batches(model, tokenizer, texts.fit)
+        found = self._measured(model, matrices, batches, seed, texts.manifest())
+        return replace(found, held_out=texts.held_out, _starts={**self._spectra, **self._tops})
+
+    def _measured(
+        self,
+        model: Any,
+        matrices: Sequence[EditMatrix],
+        batches: Sequence[TokenBatch],
+        seed: int,
+        about: Mapping[str, Any],
+    ) -> Self:
+        """Factors like these, of other batches at the weights as they are."""
+        return self._with(
+            estimate_factors(model, matrices, batches, fisher=self.fisher, seed=seed, kind=self.kind), about
+        )
 
     def _with(
         self,
@@ -500,15 +530,18 @@ def content_key(about: Mapping[str, Any], kind: Kind) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = None) -> Curvature:
+def merge(
+    curvatures: Sequence[Curvature], weights: Sequence[float] | None = None, *, start: Curvature | None = None
+) -> Curvature:
     """One curvature over several corpora: capabilities and earlier edits, English and code and Chinese.
 
-    Factors add by token count (CrispEdit, Algorithm 2). Leading spectra that are known already, of the curvature
-    with most weight, are where the search for those of the sum sets out.
+    Factors add by token count (CrispEdit, Algorithm 2).
 
     Args:
         curvatures: At least one, of the same model, tokenizer and matrices.
         weights: In place of the token counts, not negative: 1 and 1 give two corpora the same say, however long.
+        start: Where its leading spectra are known, the search for those of the sum sets out from them; the one with
+            most weight when omitted.
 
     Returns:
         The sum. Its held-out texts are those of all: of texts that were in several corpora, divided otherwise, some
@@ -530,14 +563,14 @@ def merge(curvatures: Sequence[Curvature], weights: Sequence[float] | None = Non
             raise ConfigError(f"curvatures of different {name} do not add: {_short(ours)} and {_short(theirs)}")
     factors = {n: merge_factors([c.factors[n] for c in curvatures], weights) for n in first.factors}
     raw = [c.num_tokens for c in curvatures] if weights is None else weights
-    heaviest = max(zip(raw, range(len(raw)), strict=True))[1]
+    known = start or curvatures[max(zip(raw, range(len(raw)), strict=True))[1]]
     parts = [{"weight": weight, **c.texts} for weight, c in zip(raw, curvatures, strict=True)]
     digest = hashlib.sha256(json.dumps([[p["weight"], p["sha256"]] for p in parts]).encode()).hexdigest()
     return first._with(
         factors,
         {"source": "merged", "sha256": digest, "seed": None, "samples": None, "parts": parts},
         held_out=tuple(dict.fromkeys(text for c in curvatures for text in c.held_out)),
-        starts={**curvatures[heaviest]._starts, **curvatures[heaviest]._spectra, **curvatures[heaviest]._tops},
+        starts={**known._starts, **known._spectra, **known._tops},
     )
 
 

@@ -7,7 +7,7 @@ disk is the model in memory.
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -151,6 +151,7 @@ def edit(
     train_edits: Sequence[Edit] = (),
     stored_dtype: torch.dtype | None = None,
     model_name: str = "",
+    after_round: Callable[[Round], None] = lambda done: None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> EditResult:
@@ -169,6 +170,8 @@ def edit(
         train_edits: Other edits, for editors that learn how to edit.
         stored_dtype: The checkpoint's dtype, in which the model will be saved; the model's when omitted.
         model_name: Recorded; what the model's configuration says when omitted.
+        after_round: Called after every round, with the model as it is then, in float32 where it is edited; what it
+            takes is not in ``seconds``.
         progress: Called during every longer step.
         **settings: The editor's settings: ``energy``, ``lr``, ``epochs``, ``eos``, …
 
@@ -223,7 +226,7 @@ def edit(
     asked = questions(spread(tuple(edit_set), PROOF_EDITS))
     dtype = stored_dtype or model.dtype
     with frozen(model):
-        proved = _edit_and_prove(problem, module, config, asked, held_out, dtype)
+        proved = _edit_and_prove(problem, module, config, asked, held_out, dtype, after_round)
     edited = provenance["model"]
     about = {"model": edited["name"], "dtype": edited["dtype"], "editor": editor, "edits": provenance["edits"]}
     proved.metrics["seconds"] = {
@@ -268,6 +271,7 @@ def _edit_and_prove(
     asked: Sequence[Question],
     held_out: Sequence[TokenBatch],
     dtype: torch.dtype,
+    after_round: Callable[[Round], None],
 ) -> _Proved:
     """Runs an editor between the questions before and after, in float32 and then as ``dtype`` will store it."""
     model, matrices, prompter, progress = problem.model, problem.matrices, problem.prompter, problem.progress
@@ -289,9 +293,7 @@ def _edit_and_prove(
         before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):
             loss_before = loss()
-            started = time.monotonic()
-            rounds: list[Round] = list(module.edit(problem, config))
-            seconds = time.monotonic() - started
+            rounds, seconds = _run(module.edit(problem, config), after_round)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()
             notes = check_edited(change, loss_before, loss_after, must_fall=config.lowers_loss)
@@ -328,6 +330,18 @@ def _edit_and_prove(
         metrics=metrics,
         notes=notes,
     )
+
+
+def _run(rounds: Iterator[Round], after_round: Callable[[Round], None]) -> tuple[list[Round], float]:
+    """The rounds of an editor, and the seconds that they took it."""
+    found: list[Round] = []
+    seconds, started = 0.0, time.monotonic()
+    for done in rounds:
+        seconds += time.monotonic() - started
+        found.append(done)
+        after_round(done)
+        started = time.monotonic()
+    return found, seconds + time.monotonic() - started
 
 
 def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace]:

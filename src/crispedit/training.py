@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .adam import AdamMemory
 from .errors import NumericsError
 from .forward import collate, target_logits
 from .models import EditMatrix
@@ -259,7 +260,14 @@ class _Loop:
     seed: int
     stop_loss: float
     reduction: Reduction
+    memory: AdamMemory | None = None
     progress: Progress
+
+    @property
+    def rules(self) -> Sequence[UpdateRule]:
+        """Of the trainee, whose optimizer is to go on in the next round."""
+        assert isinstance(self.trainee, RuledMatrices)
+        return self.trainee.rules
 
     @property
     def steps_per_epoch(self) -> int:
@@ -284,6 +292,8 @@ class _Run:
         loop.trainee.reset()
         loop.trainee.apply()
         self.optimizer = torch.optim.Adam(loop.trainee.parameters, lr=rate, fused=True)
+        if loop.memory is not None:
+            loop.memory.recall(self.optimizer, loop.rules)
         self.rng = random.Random(loop.seed)
 
     def until(self, epochs: int, label: str, of: int, *, halve: bool = False) -> Trace:
@@ -335,11 +345,12 @@ class _Run:
         return value
 
 
-def _at_found_rate(loop: _Loop, epochs: int) -> Trace:
+def _at_found_rate(loop: _Loop, epochs: int) -> _Run:
     """The run at the rate that a short search finds; see :func:`train`."""
     run = _Run(loop, START / loop.width)
     if ARRIVAL * epochs <= TRIAL:
-        return run.until(epochs, "edit", epochs, halve=True)
+        run.until(epochs, "edit", epochs, halve=True)
+        return run
     best = run.until(TRIAL, "edit", epochs)
     trials = [Trial(run.rate, list(best.epoch_losses))]
     for factor, worth in ((2.0, WORTH), (0.5, 1.0)):
@@ -361,9 +372,8 @@ def _at_found_rate(loop: _Loop, epochs: int) -> Trace:
             best = other
     if run.trace is not best:
         run = _Run(loop, best.rates[0])
-    trace = run.until(epochs, "edit", epochs, halve=True)
-    trace.trials = trials
-    return trace
+    run.until(epochs, "edit", epochs, halve=True).trials = trials
+    return run
 
 
 def train(
@@ -381,6 +391,7 @@ def train(
     start: Start = "matrix",
     precision: Precision = "auto",
     alike: bool | None = None,
+    memory: AdamMemory | None = None,
     progress: Progress = no_progress,
 ) -> Trace:
     """Trains with Adam what is a part of the model's matrices.
@@ -406,13 +417,15 @@ def train(
         start: The most that is replayed (:mod:`crispedit.replay`).
         precision: See :func:`crispedit.precision.mixed_precision`.
         alike: Whether batches are of like length (:func:`batches`); where rows cannot be packed, when omitted.
+        memory: What Adam knows from the last run, if it is to go on from there; it then knows this run too. The
+            trainee is a :class:`RuledMatrices`.
         progress: Called after every step with steps done and the steps of all epochs.
 
     Returns:
         What happened, epoch by epoch.
 
     Raises:
-        ConfigError: There is no such ``precision``.
+        ConfigError: There is no such ``precision``, or moments of these rules cannot be carried over.
         NumericsError: A loss is not finite.
     """
     mixed = mixed_precision(precision, model.dtype, model.device)
@@ -427,9 +440,17 @@ def train(
         seed=seed,
         stop_loss=stop_loss,
         reduction=reduction,
+        memory=memory,
         progress=progress,
     )
-    trace = _at_found_rate(loop, epochs) if lr == "auto" else _Run(loop, lr).until(epochs, "edit", epochs)
+    if lr == "auto":
+        run = _at_found_rate(loop, epochs)
+    else:
+        run = _Run(loop, lr)
+        run.until(epochs, "edit", epochs)
+    if memory is not None:
+        memory.keep(run.optimizer, loop.rules)
+    trace = run.trace
     trace.forward = {**logits.report(), "precision": "bfloat16" if mixed else str(model.dtype).removeprefix("torch.")}
     return trace
 

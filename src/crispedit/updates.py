@@ -8,13 +8,14 @@ costs, in docs/decisions.md. (CrispEdit, arXiv 2602.15823, Algorithm 1.)
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
 from .rotation import Frame, leading_basis
+from .spectrum import Spectrum
 from .subspace import Subspace
 
 Update = Literal["coordinates", "leading", "filter", "projected", "update-projected", "projected-gradient"]
@@ -47,6 +48,21 @@ class UpdateRule(Protocol):
     def delta(self) -> Tensor:
         """The change of W that the parameter stands for, (d_out, d_in) float32."""
 
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Adam's moments of another rule's parameter, as moments of this one's; see :mod:`crispedit.adam`.
+
+        Args:
+            before: The rule that they were collected with; of the same kind, for the same matrix.
+            mean: Of the gradient in its parameter, as Adam weights it.
+            square: Of the gradient's square, likewise.
+
+        Returns:
+            Mean and square; new tensors, or those that were given.
+
+        Raises:
+            ConfigError: That would take more than a round is worth.
+        """
+
 
 class Unconstrained:
     """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
@@ -63,6 +79,10 @@ class Unconstrained:
     def delta(self) -> Tensor:
         """The parameter as it is."""
         return self.parameter
+
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """As they are."""
+        return mean, square
 
 
 class Coordinates:
@@ -81,6 +101,11 @@ class Coordinates:
     def delta(self) -> Tensor:
         """U_G (M ⊙ Z) U_Aᵀ."""
         return self.subspace.from_coordinates(self.parameter)
+
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Turned into this basis, and masked: Adam goes on moving where a mean is left."""
+        mean, square = _turned(before.subspace.spectrum, self.subspace.spectrum, mean, square)
+        return self.subspace.mask * mean, square
 
 
 class LeadingCoordinates:
@@ -116,6 +141,10 @@ class LeadingCoordinates:
     def delta(self) -> Tensor:
         """Z, zero where its gradient always is: the change of W'."""
         return self.parameter
+
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Refused: bases that exist as reflections only cannot be squared entry by entry."""
+        raise ConfigError("optimizer kept does not go with update leading; use fresh, or update coordinates")
 
 
 def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int, int]:
@@ -165,6 +194,10 @@ class Filter:
         spectrum = self.subspace.spectrum
         return spectrum.output_basis @ (self.shrinkage * self.parameter) @ spectrum.input_basis.T
 
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Turned into this basis."""
+        return _turned(before.subspace.spectrum, self.subspace.spectrum, mean, square)
+
 
 class Projected:
     """W = W₀ + P(D), Adam on D with the projected gradient; needs no coordinates, so the top of a spectrum will do."""
@@ -183,6 +216,10 @@ class Projected:
         """P(D): by linearity the sum of the projected steps."""
         return self.subspace.project(self.parameter)
 
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean projected, the square as it is: as in the published code."""
+        return self.subspace.project(mean), square
+
 
 class UpdateProjected(Projected):
     """W = W₀ + P(D), Adam on D with the gradient as it is: half the projections."""
@@ -198,6 +235,20 @@ class ProjectedGradient(Projected):
     def delta(self) -> Tensor:
         """The parameter as it is."""
         return self.parameter
+
+
+def _turned(before: Spectrum, after: Spectrum, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments in the Kronecker eigenbasis of one spectrum as those in another's.
+
+    The mean turns as every matrix does. A square is the diagonal of a covariance; what turns it into another diagonal
+    are the squares of the rotations' entries, exactly if coordinates were uncorrelated.
+    """
+    of_G, of_A = (new.T @ old for new, old in zip(_bases(after), _bases(before), strict=True))
+    return of_G @ mean @ of_A.T, of_G.square() @ square @ of_A.square().T
+
+
+def _bases(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    return spectrum.output_basis, spectrum.input_basis
 
 
 _RULES: dict[str, Callable[[Subspace], UpdateRule]] = {

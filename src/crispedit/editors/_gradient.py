@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..adam import AdamMemory
 from ..precision import Precision
 from ..replay import Start
 from ..rotation import rotated
-from ..training import STOP_LOSS, Reduction, RuledMatrices, Trace, Trainee, rows_per_step, train
+from ..training import STOP_LOSS, RuledMatrices, Trace, Trainee, rows_per_step, train
 from ..updates import Unconstrained, UpdateRule
 from .base import EditorConfig, EditProblem, Round
 
@@ -86,7 +87,7 @@ def train_rules(
     chosen: Sequence[int],
     *,
     lr: float | Literal["auto"] | None = None,
-    reduction: Reduction = "token",
+    **options: Any,
 ) -> Trace:
     """Trains some of the edits into the matrices, each through its rule.
 
@@ -96,14 +97,14 @@ def train_rules(
         rules: One per matrix.
         chosen: Indices of edits.
         lr: In place of the configured rate.
-        reduction: See :data:`crispedit.training.Reduction`.
+        **options: Of :func:`crispedit.training.train`, in place of those that the settings give.
 
     Returns:
         How it went.
     """
     with rotated(problem.matrices, [rule.frame for rule in rules]):
         trainee = RuledMatrices(problem.matrices, rules)
-        return train_in(problem, config, trainee, chosen, lr=lr, reduction=reduction)
+        return train_in(problem, config, trainee, chosen, lr=lr, **options)
 
 
 class RoundsConfig(GradientConfig):
@@ -116,13 +117,23 @@ class RoundsConfig(GradientConfig):
     round_size: Annotated[int, Field(ge=1)] = 100
 
 
+class RuledRoundsConfig(RoundsConfig):
+    """Settings of the edit loop on the matrices themselves, round by round.
+
+    Args:
+        optimizer: Whether every round has a ``fresh`` Adam, or one is ``kept`` through all of them.
+    """
+
+    optimizer: Literal["fresh", "kept"] = "fresh"
+
+
 def train_rounds(
     problem: EditProblem,
-    config: RoundsConfig,
+    config: RuledRoundsConfig,
     rules_of_round: Callable[[], Sequence[UpdateRule]],
-    finished: Callable[[Sequence[int]], dict[str, Any]] = lambda chosen: {},
+    finished: Callable[[range], dict[str, Any]] = lambda chosen: {},
 ) -> Iterator[Round]:
-    """Trains the edits in rounds, with a fresh Adam for each; a rate that is to be found is found in the first.
+    """Trains the edits in rounds; a rate that is to be found is found in the first.
 
     Args:
         problem: What is to be edited.
@@ -133,8 +144,8 @@ def train_rounds(
     Yields:
         One round after the other.
     """
-    lr = config.lr
+    lr, memory = config.lr, AdamMemory() if config.optimizer == "kept" else None
     for chosen in problem.rounds(config.round_size):
-        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr)
+        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr, memory=memory)
         lr = trace.rates[0] if lr == "auto" else lr
         yield Round(num_edits=chosen.stop, trace=trace, details=finished(chosen))

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ..curvature import Curvature
 from ..errors import ConfigError
-from ..rotation import Frame
 from ..spectrum import Spectrum
 from ..subspace import Subspace
-from ..updates import UpdateRule, update_rule
+from ..updates import Unconstrained, UpdateRule, update_rule
 from ._gradient import PUBLISHED, GradientConfig, train_rules
 from .base import EditProblem, Presets, Round
 
@@ -51,10 +50,8 @@ class Config(GradientConfig):
         return curvature.subspace(name, self.energy, "inputs") if self.variant == "inputs" else None
 
 
-class _SmallestOutputsLeftOut:
+class _SmallestOutputsLeftOut(Unconstrained):
     """The published variant's rule: Adam on W, with the gradient off the smallest directions of G."""
-
-    frame: Frame | None = None
 
     def __init__(self, spectrum: Spectrum, energy: float, device: torch.device) -> None:
         if not spectrum.complete:
@@ -62,15 +59,11 @@ class _SmallestOutputsLeftOut:
         held = spectrum.beta.cumsum(0) / spectrum.beta.sum()
         count = int((held < energy).sum()) + 1  # of the largest
         self.left_out = spectrum.output_basis[:, len(held) - count :].to(device)
-        self.parameter = torch.zeros(len(held), len(spectrum.input_basis), device=device)
+        super().__init__((len(held), len(spectrum.input_basis)), device)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
         """(I − U Uᵀ) ∇W, U the smallest directions."""
         return weight_gradient - self.left_out @ (self.left_out.T @ weight_gradient)
-
-    def delta(self) -> Tensor:
-        """The parameter as it is."""
-        return self.parameter
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:

@@ -4,33 +4,55 @@
     A ← (n A + n_k A_k) / (n + n_k),   G ← (n G + n_k G_k) / (n + n_k),   n ← n + n_k
 
 n counts tokens. A_k and G_k are of whole rows, prompts included; no earlier edit is kept. (CrispEdit, arXiv 2602.15823,
-Algorithm 2.)
+Algorithm 2.) The variants that :class:`Config` has beside it are compared in docs/decisions.md.
 """
 
+import math
+import random
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ..curvature import merge
-from ._gradient import PUBLISHED, RoundsConfig, train_rounds
+from ..curvature import Curvature, merge
+from ..moments import trace
+from ._gradient import PUBLISHED, RuledRoundsConfig, train_rounds
 from .base import EditProblem, Presets, Round
 from .crispedit import Config as BatchConfig
 
+POOLED = 1000
+"""Of all earlier edits the published mix draws at most so many."""
 
-class Config(RoundsConfig, BatchConfig):
+
+class Config(RuledRoundsConfig, BatchConfig):
     """Settings of CrispEdit and of rounds.
 
     Args:
         energy: γ, the share of the curvature that the excluded directions hold; without any it would be ``ft-seq``.
+        history: ``merged`` is Algorithm 2. ``mix`` estimates the curvature anew after every round, of the capability
+            texts and of earlier edits, which it keeps: the default of the published code.
+        history_weight: What a token of an edit weighs in the sum, a token of the capability texts being 1; 0 keeps off
+            the capabilities alone. ``equal-trace`` gives all edits together as much curvature as the capabilities.
+        refresh: Estimates the curvature of the capability texts anew when a matrix has moved so far, in parts of its
+            norm, since it was last estimated; never when omitted. The paper's is 0.25.
     """
 
-    presets: ClassVar[Presets] = {"published": {**PUBLISHED, **BatchConfig.presets["published"]}}
+    presets: ClassVar[Presets] = {
+        "published": {**PUBLISHED, **BatchConfig.presets["published"], "optimizer": "kept"},
+        "mix": {**PUBLISHED, **BatchConfig.presets["published"], "optimizer": "kept", "history": "mix"},
+    }
 
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    history: Literal["merged", "mix"] = "merged"
+    history_weight: Annotated[float, Field(ge=0)] | Literal["equal-trace"] = 1.0
+    refresh: Annotated[float, Field(gt=0)] | None = None
 
     def subspace(self, *_: Any) -> None:
         """None: every round has its own, and what rounds add up to lies in none of them."""
+
+    def needs_texts(self) -> bool:
+        """To estimate their curvature again."""
+        return self.history == "mix" or self.refresh is not None
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
@@ -44,15 +66,89 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         One round after the other.
     """
     assert problem.curvature is not None
-    curvature = problem.curvature
+    history = _History(problem, config, problem.curvature)
+    yield from train_rounds(problem, config, lambda: config.rules(history.joined, problem.matrices), history.add)
 
-    def finished(chosen: Sequence[int]) -> dict[str, Any]:
-        nonlocal curvature
-        if chosen[-1] + 1 < len(problem.edits):  # else nothing follows that it would be kept from
-            rows = [problem.rows[index].ids for index in chosen]
-            curvature = merge(
-                [curvature, curvature.of_rows(problem.model, problem.matrices, rows, problem.seed + chosen[0])]
-            )
-        return {"tokens": next(iter(curvature.factors.values())).num_tokens}
 
-    yield from train_rounds(problem, config, lambda: config.rules(curvature, problem.matrices), finished)
+class _History:
+    """The curvature that the next round keeps off.
+
+    Args:
+        problem: What is edited.
+        config: Settings.
+        capabilities: The curvature before the first round.
+    """
+
+    def __init__(self, problem: EditProblem, config: Config, capabilities: Curvature) -> None:
+        self.problem, self.config = problem, config
+        self.joined = self.capabilities = capabilities
+        self.edits: Curvature | None = None
+        self._mark()
+
+    def _mark(self) -> None:
+        """Where the weights are as the capabilities' curvature is estimated."""
+        keeps = self.config.refresh is not None
+        self.weights = [matrix.weight.clone() for matrix in self.problem.matrices] if keeps else []
+
+    def add(self, chosen: range) -> dict[str, Any]:
+        """Adds a round, which is in the weights already.
+
+        Args:
+            chosen: Its edits.
+
+        Returns:
+            The ``tokens`` that the curvature is of, and whether that of the texts was ``refreshed``.
+        """
+        refreshed = False
+        if chosen.stop < len(self.problem.edits):  # else nothing follows that it would be kept from
+            refreshed = self.config.history == "mix" or self._moved()
+            if refreshed:
+                self._refresh(chosen)
+            if self.config.history_weight:
+                self._add_edits(chosen)
+            weights = self._weights()
+            parts = [part for part in (self.capabilities, self.edits) if part is not None]
+            self.joined = merge(parts, weights[: len(parts)], start=self.joined)
+        return {"tokens": self.joined.num_tokens, **({"refreshed": True} if refreshed else {})}
+
+    def _moved(self) -> bool:
+        """Whether a matrix is too far from where the capabilities' curvature was estimated."""
+        matrices = self.problem.matrices[: len(self.weights)]
+        return any(
+            float((matrix.weight - mark).norm()) > (self.config.refresh or math.inf) * float(mark.norm())
+            for matrix, mark in zip(matrices, self.weights, strict=True)
+        )
+
+    def _refresh(self, chosen: range) -> None:
+        problem = self.problem
+        assert problem.texts is not None
+        seed, tokenizer = problem.seed + chosen.start, problem.prompter.tokenizer
+        self.capabilities = self.capabilities.of_texts(problem.model, tokenizer, problem.matrices, problem.texts, seed)
+        self._mark()
+
+    def _add_edits(self, chosen: range) -> None:
+        seed = self.problem.seed + chosen.start
+        if self.config.history == "mix":
+            so_far = range(chosen.stop)
+            self.edits = self._of(random.Random(seed).sample(so_far, min(POOLED, len(so_far))), seed)
+        else:
+            own = self._of(chosen, seed)
+            self.edits = own if self.edits is None else merge([self.edits, own])
+
+    def _of(self, chosen: Sequence[int], seed: int) -> Curvature:
+        rows = [self.problem.rows[index].ids for index in chosen]
+        return self.capabilities.of_rows(self.problem.model, self.problem.matrices, rows, seed)
+
+    def _weights(self) -> list[float]:
+        """Of the capabilities and of the edits."""
+        weight, tokens = self.config.history_weight, self.capabilities.num_tokens
+        if self.edits is None:
+            return [tokens]
+        if weight == "equal-trace":
+            return [1.0, math.sqrt(_total(self.capabilities) / _total(self.edits))]  # tr A and tr G have it once each
+        return [tokens, weight * self.edits.num_tokens]
+
+
+def _total(curvature: Curvature) -> float:
+    """Σ tr(A) tr(G) over the matrices."""
+    return sum(trace(factors.A) * trace(factors.G) for factors in curvature.factors.values())
