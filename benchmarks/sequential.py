@@ -124,7 +124,7 @@ class Bench:
             "learning_rate": next(iter(metrics["training"]["learning_rates"]), None),
             "steps": metrics["training"]["steps"],
             "refreshed": sum(bool(done.get("refreshed")) for done in metrics["rounds"]),
-            "relative_change": max(change["relative_norm"] for change in metrics["matrices"]),
+            "relative_change": max(change["relative"] for change in metrics["matrices"]),
             "seconds": metrics["seconds"]["edit"],
             "after": found,
         }
