@@ -349,3 +349,22 @@ def test_of_wide_matrices_auto_protects_a_cross_of_leading_eigenvectors(curvatur
     monkeypatch.setattr("crispedit.updates.TOKENS", 1)
     assert curvature.subspace(name, 0.5).form == "cross"
     assert curvature.subspace(name, 0.5, "staircase").form != "cross"
+
+
+def test_predicted_drift_is_half_the_kronecker_quadratic_form():
+    """½ vec(ΔW)ᵀ (G ⊗ A) vec(ΔW), rows of ΔW one after the other, in float64; of sketches never more than that."""
+    generator = torch.Generator().manual_seed(3)
+    factors, changes, expected = {}, {}, 0.0
+    for number, (d_out, d_in) in enumerate(((6, 9), (5, 4))):
+        A, G = (random_factor(torch.arange(1, n + 1).double() ** -1.5, number) for n in (d_in, d_out))
+        change = torch.randn(d_out, d_in, generator=generator)
+        factors[f"w{number}"], changes[f"w{number}"] = Factors(A=A.float(), G=G.float(), num_tokens=7), change
+        vector = change.double().flatten()
+        expected += 0.5 * float(vector @ torch.kron(G.double(), A.double()) @ vector)
+    assert curvature_of(factors).predicted_drift(changes) == pytest.approx(expected, rel=1e-5)  # float32 factors
+    sketched = {
+        name: Factors(A=Sketch.of(f.A, len(f.A) - 1), G=Sketch.of(f.G, len(f.G) - 1), num_tokens=7)
+        for name, f in factors.items()
+    }
+    assert 0.5 * expected < curvature_of(sketched).predicted_drift(changes) < expected
+    assert curvature_of(factors).predicted_drift({"w0": changes["w0"]}) < expected

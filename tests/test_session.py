@@ -8,9 +8,11 @@ import torch
 from builders import long_texts
 from crispedit.curvature import Curvature, merge
 from crispedit.edits import edits_from_rows
-from crispedit.errors import ArtifactError, EditFailed, ModelError
+from crispedit.errors import ArtifactError, ConfigError, EditFailed, ModelError
+from crispedit.evaluation import evaluate
 from crispedit.models import edit_matrices, fingerprint, load_model
 from crispedit.session import EDITS, PATCH, Session, edits_as_json, edits_from_json
+from crispedit.session_evaluation import evaluate_session
 from families import tiny_model, tiny_tokenizer
 
 SETTINGS = {"lr": 0.02, "epochs": 8, "energy": 0.5}
@@ -201,3 +203,38 @@ def test_edits_survive_json():
     value["edits"][0]["target"] = "x"
     with pytest.raises(ArtifactError, match="are damaged"):
         edits_from_json(value)
+
+
+def test_every_round_is_scored_as_if_it_were_asked_about_alone(directory):
+    with Session.writing(directory) as session:
+        for number in (1, 2, 3):
+            session.edit(round_of(number), keep_edits=number != 2)
+    with Session.reading(directory) as session:
+        found = evaluate_session(session, [round_of(2)])
+        some = evaluate_session(session)
+        first = evaluate_session(session, number=1)
+        after, before = session.load(), session.load(0)
+        held_out, curvature = session.curvature(0).held_out, session.curvature(0)
+    assert [of_round["no_context"] is None for of_round in some["rounds"]] == [False, True, False]
+    for number, of_round in enumerate(found["rounds"], 1):
+        alone = evaluate(after.model, after.tokenizer, round_of(number), base=before.model, texts=held_out)
+        assert (of_round["number"], of_round["source"], of_round["count"]) == (number, f"round{number}.json", 3)
+        for context in ("no_context", "qa_context"):
+            assert of_round[context] == alone[context]
+    drift = found["capability"]["drift"]
+    assert drift == pytest.approx(alone["capability"]["drift"], rel=1e-3)  # computed in other batches
+    changes = {
+        new.name: new.weight.float() - old.weight.float()
+        for new, old in zip(edit_matrices(after.model, [1, 2]), edit_matrices(before.model, [1, 2]), strict=True)
+    }
+    assert found["capability"]["predicted"] == pytest.approx(curvature.predicted_drift(changes), rel=1e-4)
+    assert [of_round["number"] for of_round in first["rounds"]] == [1]
+    assert first["capability"]["drift"] != drift
+
+
+def test_what_is_of_no_round_is_refused(directory):
+    with Session.reading(directory) as session:
+        with pytest.raises(ConfigError, match=r"round4.json \(3 edits\) is of none of the 0 rounds"):
+            evaluate_session(session, [round_of(4)])
+        with pytest.raises(ArtifactError, match="there is no round 4; the session has 0"):
+            evaluate_session(session, number=4)

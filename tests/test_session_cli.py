@@ -83,9 +83,37 @@ def test_rounds_are_made_shown_taken_back_and_exported(work, capsys):
     assert len(json.loads((work / "log.json").read_text())) == len(printed.splitlines())
 
 
+def test_rounds_whose_edits_are_at_hand_are_asked_about(work, capsys):
+    program("edit", "s", "1.json")
+    program("edit", "s", "2.json")
+    capsys.readouterr()
+    program("evaluate", "s", "--edits", "2.json", "--json", "some.json")
+    some = json.loads((work / "some.json").read_text())
+    assert [of_round["no_context"] is None for of_round in some["rounds"]] == [True, False]
+    assert some["capability"]["tasks"].keys() >= {"arithmetic", "prose"}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "s after round 2, in a question, %, judge: exact" in printed
+    assert "edits of rounds 1 were not kept: give their files by --edits" in printed
+
+
+def test_a_session_is_drawn(work, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli._run(["session", "status", "s", "--plot", "none.png"]) == 2
+    assert "the session has no rounds to draw yet" in capsys.readouterr().err
+    program("edit", "s", "1.json", "--keep-edits")
+    program("status", "s", "--plot", "s.svg")
+    drawn = (work / "s.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert [path.name for path in work.glob("*.svg")] == ["s.svg"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["evaluate", "s", "--edits", "1.json"], "1.json (4 edits) is of none of the 0 rounds"),
+        (["evaluate", "s", "--round", "1"], "there is no round 1; the session has 0"),
+        (["evaluate", "s", "--judge", "exakt"], "exakt"),
+        (["status", "s", "--plot", "s.txt"], "cannot draw 's.txt'"),
         (["edit", "nothing", "1.json"], "'nothing' is no session"),
         (["edit", "s", "none.json"], "none.json: no such file"),
         (["init", "bundled", "s"], "the directory 's' is not empty"),

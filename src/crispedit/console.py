@@ -289,6 +289,34 @@ def print_session(found: dict[str, Any]) -> None:
         out.print(line, soft_wrap=True)
 
 
+def print_session_evaluation(directory: str, found: dict[str, Any]) -> None:
+    """What the model says of every round's edits, as ``crispedit session evaluate`` finds it."""
+    for context, said in (("no_context", ""), ("qa_context", ", in a question")):
+        print_table(
+            f"{directory} after round {found['round']}{said}, %, judge: {found['judge']['name']}",
+            ["round", *KINDS],
+            [
+                [
+                    f"{of_round['number']}: {of_round['count']} edits from {of_round['source']}",
+                    *(percent((of_round[context] or {}).get(kind)) for kind in KINDS),
+                ]
+                for of_round in found["rounds"]
+            ],
+        )
+    missing = [str(of_round["number"]) for of_round in found["rounds"] if of_round["no_context"] is None]
+    if missing:
+        out.print(f"edits of rounds {', '.join(missing)} were not kept: give their files by --edits", soft_wrap=True)
+    capability = found["capability"]
+    rows = [
+        [f"{name}, nats/token", number(capability[key])]
+        for name, key in (("drift from the base", "drift"), ("drift that its curvature predicts", "predicted"))
+        if capability.get(key) is not None
+    ]
+    rows += [[f"{task.replace('_', ' ')}, %", percent(score)] for task, score in (capability["tasks"] or {}).items()]
+    if rows:
+        print_table("What all rounds cost", ["", ""], rows)
+
+
 def print_adapter(record: dict[str, Any]) -> None:
     """What an adapter holds of a change, and what is lost with it, as ``crispedit session export`` finds it."""
     print_table(

@@ -38,7 +38,7 @@ from .factors import (
 from .halves import factors_of_halves, pass_key, token_halves
 from .memory import free_memory
 from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash
-from .moments import Kind, Moment, Sketch
+from .moments import Kind, Moment, Sketch, times
 from .progress import Progress, log, no_progress
 from .spectrum import Spectrum
 from .subspace import Subspace
@@ -266,6 +266,24 @@ class Curvature:
         self.second_moments = estimate_second_moments(
             model, matrices, batches, spectra, fisher=self.fisher, seed=self.seed, progress=progress
         )
+
+    def predicted_drift(self, changes: Mapping[str, Tensor]) -> float:
+        """½ Σ ⟨ΔW, G ΔW A⟩: capability drift to second order, as far as the factors know it.
+
+        Tokens count as independent, matrices too, and of sketches only what they know is counted.
+
+        Args:
+            changes: ΔW by matrix name, (d_out, d_in) float32.
+
+        Returns:
+            Nats per token.
+        """
+        total = 0.0
+        for name, change in changes.items():
+            factors = self.factors[name]
+            curved = times(factors.A, times(factors.G, change).T).T  # A is symmetric
+            total += float((change * curved).sum(dtype=torch.float64))
+        return total / 2
 
     @property
     def num_tokens(self) -> int:

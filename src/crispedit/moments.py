@@ -168,6 +168,14 @@ def captured(moment: Moment, vectors: Tensor) -> float:
     return float(((pairs.vectors.T @ vectors.to(pairs.vectors)).double().square().sum(1) * pairs.values).sum())
 
 
+def times(moment: Moment, X: Tensor) -> Tensor:
+    """M X for X (n, k), float32; of a sketch, M_nys X: never more of Xᵀ M X than there is."""
+    if isinstance(moment, Tensor):
+        return moment.to(X) @ X
+    U = moment.eigenpairs.vectors.to(X)
+    return U @ (moment.eigenpairs.values.to(X)[:, None] * (U.T @ X))
+
+
 def trace(moment: Moment) -> float:
     """tr(M)."""
     return moment.trace if isinstance(moment, Sketch) else float(moment.diagonal().sum(dtype=torch.float64))

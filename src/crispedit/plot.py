@@ -183,7 +183,19 @@ def draw_curvature(curvature: Curvature, energy: float, path: Path) -> None:
         ArtifactError: The file cannot be written.
     """
     check_plot(path)
-    figure = figure_of(curvature, energy)
+    save_figure(figure_of(curvature, energy), path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a picture, whole or not at all.
+
+    Args:
+        figure: The picture.
+        path: A .png, .svg or .pdf file; its directory is created.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,12 @@ the base model, drawn where the row is. matplotlib is the optional extra ``plot`
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import check_writable
-from .errors import ArtifactError
-from .plot import INK, check_plot
+from .plot import INK, check_plot, save_figure
 from .tradeoff import BASE, LOWER_IS_BETTER, Comparison
 
 if TYPE_CHECKING:
@@ -44,15 +42,7 @@ def draw_comparison(found: Comparison, path: Path) -> None:
     """
     check_plot(path)
     check_writable(path.parent, overwrite=True)
-    figure = figure_of(found)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure_of(found), path)
 
 
 def figure_of(found: Comparison) -> "Figure":

@@ -246,7 +246,7 @@ class Session:
                 "kept": keep_edits,
                 "settings": result.settings,
                 "metrics": result.metrics,
-                "drift": self._drift(loaded, matrices, base, curvature, progress),
+                "drift": self.drift(loaded, matrices, base, progress),
                 "past": self._past(loaded, {number: edits} if keep_edits else {}, progress),
             }
             path = self.store.head_path()
@@ -273,15 +273,22 @@ class Session:
         # it is for editing the model as it is now; the held-out texts are those of the base, which has them
         return replace(merge([curvature, own]), model_fingerprint=fingerprint(model), held_out=())
 
-    def _drift(
-        self,
-        loaded: LoadedModel,
-        matrices: Sequence[EditMatrix],
-        base: Mapping[str, Tensor],
-        curvature: Curvature | None,
-        progress: Progress,
+    def drift(
+        self, loaded: LoadedModel, matrices: Sequence[EditMatrix], base: Mapping[str, Tensor], progress: Progress
     ) -> dict[str, Any] | None:
-        """Drift of the model from that with the base's tensors, on the held-out texts."""
+        """Drift of a model from the session's base, on the held-out texts.
+
+        Args:
+            loaded: The model after a round.
+            matrices: Those that are edited.
+            base: What some of them were before the first round, by name, as they are stored.
+            progress: Called after every batch.
+
+        Returns:
+            The fields of :class:`crispedit.capability.Drift`, and what the curvature of the base predicts
+            (``predicted``); ``None`` without held-out texts.
+        """
+        curvature = self.curvature(0)
         if curvature is None or not curvature.held_out:
             return None
         model = loaded.model
@@ -289,8 +296,10 @@ class Session:
         originals = {matrix.name: matrix.as_weight(base[matrix.name]) for matrix in changed}
         batches = text_batches(model, loaded.tokenizer, curvature.held_out)
         with frozen(model):
-            drift: Drift = drift_from(originals, model, changed, batches, progress)
-        return asdict(drift)
+            found: Drift = drift_from(originals, model, changed, batches, progress)
+        known = {m.name: m.weight.float() - originals[m.name].float() for m in changed if m.name in curvature.factors}
+        predicted = curvature.predicted_drift(known) if len(known) == len(changed) else None
+        return {**asdict(found), "predicted": predicted}
 
     def _past(
         self, loaded: LoadedModel, newest: Mapping[int, EditSet], progress: Progress, number: int | None = None
@@ -322,6 +331,12 @@ class Session:
     def kept_edits(self, number: int) -> EditSet:
         """The edits of a round that kept them."""
         return edits_from_json(read_json(self.store.path(number, EDITS)))
+
+    def edits_of(self, record: Mapping[str, Any], given: Sequence[EditSet] = ()) -> EditSet | None:
+        """The edits of a round: kept, or among those given again, recognised by their hash; else ``None``."""
+        if record["kept"]:
+            return self.kept_edits(record["number"])
+        return next((edits for edits in given if edits.sha256 == record["edits"]["sha256"]), None)
 
     # --- taking back -------------------------------------------------------------------------------------------------
     def revert(self, number: int) -> None:
@@ -364,11 +379,9 @@ class Session:
         last = len(self.rounds)
         if not 1 <= number <= last:
             raise ArtifactError(f"there is no round {number}; the session has {last}")
-        known = {edits.sha256: edits for edits in given}
         pending = []
         for record in self.rounds[number:]:
-            wanted = record["edits"]["sha256"]
-            edits = self.kept_edits(record["number"]) if record["kept"] else known.get(wanted)
+            edits = self.edits_of(record, given)
             if edits is None:
                 raise ArtifactError(
                     f"round {record['number']} has to be made again, and its edits were not kept: give the file "
@@ -457,7 +470,7 @@ class Session:
         head = self.head_of(number)
         if head is None or not head.changes:
             raise ArtifactError("the base model itself needs no adapter; name a round")
-        loaded, curvature = self.load(number, **options), self.curvature(0)
+        loaded = self.load(number, **options)
         _, config = configured(self.about["editor"], self.about["settings"])
         chosen = config.matrices(loaded.model, self.about["layers"])
         matrices = [matrix for matrix in chosen if matrix.name in head.changes]
@@ -466,7 +479,7 @@ class Session:
         def measured() -> dict[str, Any]:
             return {
                 "past": self._past(loaded, {}, progress, number),
-                "drift": self._drift(loaded, matrices, before, curvature, progress),
+                "drift": self.drift(loaded, matrices, before, progress),
             }
 
         exact, products = measured(), {}

@@ -137,14 +137,21 @@ def log(directory: Directory, json: Json = None) -> None:
 def status(
     directory: Directory,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what is left of every round, and drift, to this .png, .svg or .pdf.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Say what the session is, and how its rounds went; no tensor is read."""
-    from .console import print_session
+    from .console import out, print_session
     from .errors import ArtifactError
     from .store import Store
 
     check_json(json)
+    if plot is not None:
+        from .plot import check_plot
+
+        check_plot(plot)
     with Store.reading(directory) as store:
         found = {
             "directory": str(directory),
@@ -157,9 +164,41 @@ def status(
             with bars() as progress:
                 found["damaged"] = store.damaged(progress)
     print_session(found)
+    if plot is not None:
+        from .session_plot import draw_session
+
+        draw_session(found["rounds"], plot)
+        out.print(f"the picture is in {plot}", soft_wrap=True)
     write_json_file(json, found)
     if found.get("damaged"):
         raise ArtifactError(f"{len(found['damaged'])} files are damaged or missing: {found['damaged'][0]}")
+
+
+@app.command()
+def evaluate(
+    directory: Directory,
+    edits: Annotated[list[str] | None, typer.Option(help="Edits of a round that were not kept; repeatable.")] = None,
+    number: Annotated[int | None, typer.Option("--round", help="After this round; the newest by default.")] = None,
+    judge: Annotated[str, typer.Option(help="exact or contains.")] = "exact",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Ask the model about the edits of all rounds, and measure what the rounds cost together."""
+    from .console import print_session_evaluation
+    from .jobs import read_edits
+    from .judge import find_judge
+    from .session import Session
+    from .session_evaluation import evaluate_session
+
+    check_json(json)
+    find_judge(judge)
+    given = [read_edits(name) for name in edits or []]
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    with bars() as progress, Session.reading(directory) as session:
+        found = evaluate_session(session, given, number, judge=judge, progress=progress, **options)
+    print_session_evaluation(str(directory), found)
+    write_json_file(json, found)
 
 
 @app.command()
