@@ -38,7 +38,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "memit": {"mom2_weight": (57.6, 172.8, 576), "clamp": (0.75, 1.5, 4)},
     "alphaedit": {"energy": (0.9, 0.99, 0.999), "clamp": (0.75, 1.5, 4)},
     "ultraedit": {"strength": (1, 2, 4), "layers": ("1-5", "3-5", "3-7")},
-    "mend": {"edit_weight": (0.03, 0.1, 0.3), "steps": (200, 400, 800)},
+    "mend": {"edit_weight": (0.03, 0.1, 0.3), "steps": (50, 100, 200)},
 }
 """By editor, the two settings and their values, and what all nine have in common."""
 
