@@ -117,10 +117,11 @@ class Store:
             ArtifactError: Another process writes to it, or it cannot be written.
         """
         with cls.reading(directory) as store, _locked(directory):
-            store._tidy()
-            if store.tidied:
+            store.tidied = store.strays()
+            if store.tidied:  # said before it is done: a kill in between must not leave it unsaid
                 with store._transaction():
                     store.log(f"removed what an interrupted command had left: {', '.join(store.tidied)}")
+            store._tidy()
             yield store
 
     tidied: list[str] = []  # noqa: RUF012  # replaced, never changed
@@ -138,6 +139,16 @@ class Store:
     def entries(self) -> list[tuple[float, str]]:
         """The log: when (seconds since 1970) and what, oldest first."""
         return list(self._index.execute("SELECT time, entry FROM log ORDER BY rowid"))
+
+    def files(self) -> list[str]:
+        """The files that count, by their paths in the store, in order."""
+        return [name for (name,) in self._index.execute("SELECT path FROM files ORDER BY path")]
+
+    def strays(self) -> list[str]:
+        """Rounds and heads that do not count: another process is writing them, or was killed while it did."""
+        names = {f"{ROUNDS}/{name}" for (name,) in self._index.execute("SELECT directory FROM rounds")}
+        there = [f"{part}/{path.name}" for part in (ROUNDS, HEADS) for path in (self.directory / part).iterdir()]
+        return sorted(set(there) - names - {self._get("head")})
 
     def num_bytes(self) -> int:
         """Of all files that count."""
@@ -180,8 +191,7 @@ class Store:
 
     def damaged(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> list[str]:
         """What is wrong with files that count, one line each; all of them are read."""
-        names = [name for (name,) in self._index.execute("SELECT path FROM files ORDER BY path")]
-        wrong = []
+        names, wrong = self.files(), []
         for number, name in enumerate(names):
             try:
                 self.checked(name)
@@ -298,16 +308,12 @@ class Store:
 
     def _tidy(self) -> None:
         """Removes rounds and heads that do not count."""
-        names = {name for (name,) in self._index.execute("SELECT directory FROM rounds")}
-        head = self._get("head")
-        strays = [path for path in (self.directory / ROUNDS).iterdir() if path.name not in names]
-        strays += [path for path in (self.directory / HEADS).iterdir() if f"{HEADS}/{path.name}" != head]
-        for path in strays:
+        for name in self.strays():
+            path = self.directory / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        self.tidied = sorted(path.relative_to(self.directory).as_posix() for path in strays)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
