@@ -5,8 +5,9 @@
     DIR/rounds/NAME/    the files of a round, written under a temporary name, synced, renamed, and never changed
     DIR/heads/NAME      what only the newest round needs, replaced with every round
 
-A file counts once a row of the index names it, with its size and checksum. What a killed process left behind is named
-by none: the next one that opens the directory for writing removes it, and says so. Whoever only reads needs no lock.
+A file counts once a row of the index names it, with its size and checksum; SQLite has none of its own content, and so
+the index also holds a checksum of all of its rows. What a killed process left behind is named by no row: the next one
+that opens the directory for writing removes it, and says so. Whoever only reads needs no lock.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -97,9 +98,7 @@ class Store:
             raise ArtifactError(f"'{directory}' is no session; 'crispedit session init MODEL DIR' makes one")
         with _explained(directory), closing(_connect(directory / INDEX)) as index:
             store = cls(directory, index)
-            known = store._get("format")
-            if known != FORMAT:
-                raise ArtifactError(f"'{directory}' has format {known}, and this version reads {FORMAT}")
+            store._check()
             yield store
 
     @classmethod
@@ -278,7 +277,8 @@ class Store:
 
     def log(self, entry: str) -> None:
         """Adds a line to the log."""
-        self._index.execute("INSERT INTO log VALUES (?, ?)", (time.time(), entry))
+        with nullcontext() if self._index.in_transaction else self._transaction():
+            self._index.execute("INSERT INTO log VALUES (?, ?)", (time.time(), entry))
 
     @property
     def head(self) -> Path | None:
@@ -320,10 +320,34 @@ class Store:
         self._index.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._set("checksum", self._content())
+            self._index.execute("COMMIT")
         except BaseException:
-            self._index.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # some failures, such as a full disk, have rolled it back already
+                self._index.execute("ROLLBACK")
             raise
+
+    def _check(self) -> None:
+        """Refuses an index of another format, or with rows that are not as they were written."""
+        self._index.execute("BEGIN")  # one state of it, whoever writes
+        found = dict(self._index.execute("SELECT name, value FROM about WHERE name IN ('format', 'checksum')"))
+        if found.get("format") != str(FORMAT):
+            raise ArtifactError(f"'{self.directory}' has format {found.get('format')}, and this version reads {FORMAT}")
+        (sound,) = self._index.execute("PRAGMA integrity_check(1)").fetchone()  # SQLite's own look-up structures
+        if sound != "ok" or found.get("checksum") != json.dumps(self._content()):
+            raise ArtifactError(
+                f"'{self.directory / INDEX}' is damaged: its checksum is another; the patches in "
+                f"'{self.directory / ROUNDS}' can still be put on with 'crispedit patch apply'"
+            )
         self._index.execute("COMMIT")
+
+    def _content(self) -> str:
+        """A checksum of all rows."""
+        digest = hashlib.sha256()
+        for table in ("about WHERE name != 'checksum'", "rounds", "files", "log"):
+            for row in self._index.execute(f"SELECT * FROM {table} ORDER BY rowid"):
+                digest.update(f"{table} {row!r}\n".encode())
+        return digest.hexdigest()
 
     def _get(self, name: str, default: Any = None) -> Any:
         found = self._index.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
@@ -358,8 +382,8 @@ def _explained(directory: Path) -> Iterator[None]:
     """Says what SQLite and the system report in a line, with the directory's name."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        raise ArtifactError(f"the index of '{directory}' cannot be used: {error}") from error
+    except sqlite3.Error as error:
+        raise ArtifactError(f"'{directory / INDEX}' cannot be used: {error}") from error
     except OSError as error:
         raise ArtifactError(f"cannot use '{directory}': {error}") from error
 
