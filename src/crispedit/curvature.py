@@ -18,11 +18,11 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__
-from .artifacts import read_json, write_directory, write_json
+from .artifacts import read_json, write_directory, write_json, write_tensors
 from .description import ENERGY, Description, describe, leading_spectrum
 from .errors import ArtifactError, ConfigError, ModelError, check_choice
 from .factors import (
@@ -311,7 +311,7 @@ class Curvature:
             for side, moment in (("A", factors.A), ("G", factors.G)):
                 tensors |= _stored(f"{name}/{side}", moment)
         with write_directory(Path(directory), overwrite=overwrite) as building:
-            save_file(tensors, building / TENSORS)
+            write_tensors(building / TENSORS, tensors, {}, "the curvature")
             seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
             write_json(building / MANIFEST, {**self.manifest(), **seconds})
         self.path = Path(directory)

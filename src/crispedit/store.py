@@ -367,6 +367,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """The right to write. SQLite's lock on a file of its own: the system gives it back when the process ends."""
+    if not os.access(directory, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ArtifactError(f"'{directory}' cannot be written to; it can only be read")
     with closing(sqlite3.connect(directory / LOCK, isolation_level=None, timeout=0)) as lock:
         try:
             lock.execute("BEGIN EXCLUSIVE")
