@@ -285,6 +285,46 @@ def test_what_does_not_go_together_is_not_added(curvature):
             merge([curvature, replace(curvature, **change)])
 
 
+def _rounds(count):
+    """Capability texts, and rounds of edits."""
+    factors = Factors(A=torch.eye(2), G=torch.eye(3), num_tokens=3000)
+    found = [curvature_of({"w": factors}, texts={"source": "bundled", "sha256": "c", "seed": 0, "samples": 9})]
+    for number in range(count):
+        factors = Factors(A=torch.eye(2) * number, G=torch.eye(3), num_tokens=10 + number)
+        texts = {"source": "edits", "sha256": f"{number:x}", "seed": number, "samples": 5}
+        found.append(curvature_of({"w": factors}, texts=texts))
+    return found
+
+
+def test_a_sum_says_what_it_is_of_in_the_same_room_after_any_number_of_rounds():
+    of_rounds = _rounds(1000)
+    found, sizes = of_rounds[0], []
+    for one in of_rounds[1:]:
+        found = merge([found, one])
+        sizes.append(len(json.dumps(found.texts)))
+    assert max(sizes) <= sizes[1] + 10  # digits of the numbers
+    texts, edits = found.texts["parts"]
+    assert texts == {"weight": 3000, "source": "bundled", "sha256": "c", "seed": 0, "samples": 9}
+    assert edits["weight"] == found.num_tokens - 3000 == sum(10 + number for number in range(1000))
+    assert (edits["rounds"], edits["samples"]) == (1000, 5000)
+    assert merge(of_rounds).texts == found.texts
+    other = [*of_rounds[:500], of_rounds[501], of_rounds[500], *of_rounds[502:]]
+    assert merge(other).texts["sha256"] != found.texts["sha256"]
+
+
+def test_weights_of_a_sum_within_a_sum_are_multiplied():
+    """The factors are what the flat list of weights says."""
+    texts, one, two = _rounds(2)
+    other = _rounds(0)[0]
+    other.texts = {**other.texts, "sha256": "d"}
+    found = merge([merge([texts, other], [1, 3]), merge([one, two])], [10, 1])
+    shares = [(part["source"], part["weight"]) for part in found.texts["parts"]]
+    assert shares == [("bundled", 2.5), ("bundled", 7.5), ("edits", 1)]
+    assert [part["weight"] for part in merge([texts, other], [1, 3]).texts["parts"]] == [1, 3]
+    by_hand = merge_factors([c.factors["w"] for c in (texts, other, one, two)], [2.5, 7.5, 10 / 21, 11 / 21])
+    assert torch.allclose(found.factors["w"].A, by_hand.A, rtol=1e-6)  # float32
+
+
 def test_a_merged_spectrum_sets_out_from_the_one_that_is_known(monkeypatch):
     """And its cross protects the energy of the sum for certain, with hardly more directions than a fresh one."""
     monkeypatch.setattr(eigen, "DENSE_SIZE", 0)

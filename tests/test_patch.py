@@ -1,7 +1,10 @@
 """Patches: put on, taken off and stacked bit for bit, whatever the bits are; damaged and foreign ones are refused."""
 
+import functools
 import itertools
 import json
+import math
+import random
 
 import pytest
 import torch
@@ -65,6 +68,73 @@ def test_any_patches_on_and_off_again_give_the_same_bits(seed, dtype, parts):
     assert raw(patched(models[0], stack)) == raw(models[-1])
     assert raw(patched(models[-1], stack.reversed())) == raw(models[0])
     assert set(stack.changes) == {name for name in "abcd" if raw(models[0])[name] != raw(models[-1])[name]}
+
+
+SPECIAL = {
+    torch.float32: (0x0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00001, 0xFFD2345A, 0x7F800001, 0x1, 0x807FFFFF),
+    torch.bfloat16: (0x0, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFD2, 0x7F81, 0x1, 0x807F),
+    torch.float16: (0x0, 0x8000, 0x7C00, 0xFC00, 0x7E01, 0xFF5A, 0x7C01, 0x1, 0x83FF),
+}
+"""Bits of both zeros, both infinities, quiet NaNs with a payload, a signalling one, and two subnormal numbers."""
+
+
+def special_bits(shape, dtype, generator):
+    """Every other entry is one of :data:`SPECIAL`."""
+    found = random_bits(shape, dtype, generator)
+    integers = bits({"x": found})["x"].view(-1)
+    width = 8 * dtype.itemsize
+    signed = torch.tensor([value - (value >> (width - 1) << width) for value in SPECIAL[dtype]]).to(integers.dtype)
+    integers[::2] = signed[torch.randint(len(signed), integers[::2].shape, generator=generator)]
+    return found
+
+
+def test_the_special_values_are_what_they_are_said_to_be():
+    for dtype, values in SPECIAL.items():
+        width = 8 * dtype.itemsize
+        integer = torch.int32 if width == 32 else torch.int16
+        found = torch.tensor([v - (v >> (width - 1) << width) for v in values], dtype=integer).view(dtype).double()
+        assert found[:2].tolist() == [0, 0]
+        assert found[:2].signbit().tolist() == [False, True]
+        assert found[2:4].tolist() == [math.inf, -math.inf]
+        assert found[4:7].isnan().all()
+        assert (found[7:].abs() < torch.finfo(dtype).smallest_normal).all()
+        assert (found[7:] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hundred_patches_of_special_values_are_joined_in_any_way(dtype, tmp_path):
+    """Put on one by one and taken off; any run of them as one patch, however it was joined; and never out of order."""
+    generator = torch.Generator().manual_seed(3)
+    chosen = random.Random(3)
+    shapes = {"a": (3, 5), "b": (2, 4), "c": (7,), "d": (1,)}
+    models = [{name: special_bits(shape, dtype, generator) for name, shape in shapes.items()}]
+    for _ in range(100):
+        names = chosen.sample(sorted(shapes), chosen.randint(1, len(shapes)))
+        models.append({**models[-1], **{name: special_bits(shapes[name], dtype, generator) for name in names}})
+    contents = [raw(model) for model in models]
+    patches = [Patch.between(one, two, {}) for one, two in itertools.pairwise(models)]
+    for number in range(0, 100, 10):
+        patches[number].write(tmp_path / "patch.safetensors")
+        patches[number] = Patch.read(tmp_path / "patch.safetensors")
+    now = models[0]
+    for number, patch in enumerate(patches, 1):
+        now = patched(now, patch)
+        assert raw(now) == contents[number]
+    for number, patch in reversed(list(enumerate(patches))):
+        now = patched(now, patch.reversed())
+        assert raw(now) == contents[number]
+    for _ in range(30):
+        first, middle, last = sorted(chosen.sample(range(101), 3))
+        one, two = (functools.reduce(Patch.then, patches[a:b]) for a, b in ((first, middle), (middle, last)))
+        both = one.then(two)
+        assert raw(patched(models[first], both)) == contents[last]
+        assert raw(patched(models[last], both.reversed())) == contents[first]
+        assert raw(both.changes) == raw(functools.reduce(Patch.then, patches[first:last]).changes)
+        with pytest.raises(ModelError):
+            two.then(one)
+        with pytest.raises(ModelError):
+            two.applied(models[first])
+    assert [raw(model) for model in models] == contents  # nothing was changed in place
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,8 +5,14 @@ import json
 import pytest
 import torch
 
+import crispedit
 from crispedit import cli
-from crispedit.models import load_model
+from crispedit.checkpoint import RECORD
+from crispedit.models import fingerprint, load_model
+from crispedit.report import report_data
+from crispedit.report_curvature import find_curvature
+from crispedit.report_markdown import markdown
+from evaluated import evaluated
 
 
 def program(*arguments):
@@ -59,10 +65,36 @@ def test_patches_are_made_shown_put_on_stacked_and_taken_off(work, capsys):
     assert (work / "both.safetensors").stat().st_size < 2 * 256 * 576 * 2 + 20_000  # two bytes a weight, and a header
 
 
+def test_a_patched_model_says_what_was_put_on_what(work, capsys):
+    """And what reads records knows that there is no run to tell of or to repeat."""
+    program("diff", "one", "two", "--out", "first.safetensors")
+    program("diff", "two", "three", "--out", "second.safetensors")
+    program("apply", "one", "first.safetensors", "second.safetensors", "--out", "new")
+    program("revert", "new", "second.safetensors", "--out", "back")
+    put, taken = (json.loads((work / name / RECORD).read_text()) for name in ("new", "back"))
+    assert put["command"] == "patch apply"
+    assert put["model"] == {"name": "one", "fingerprint": fingerprint(load_model("one").model), "dtype": "float32"}
+    assert put["versions"]["crispedit"] == crispedit.__version__
+    assert [(one["file"], one["result"]) for one in put["patches"]] == [
+        ("first.safetensors", "two"),
+        ("second.safetensors", "three"),
+    ]
+    assert (taken["command"], taken["model"]["name"]) == ("patch revert", "new")
+    capsys.readouterr()
+    for place in ("new", f"new/{RECORD}"):
+        assert cli._run(["edit", "--rerun", place, "--out", "again"]) == 2
+        said = capsys.readouterr().err
+        assert said == f"crispedit: '{place}' was made by 'crispedit patch apply': there is no edit to repeat\n"
+    report = report_data(evaluated(record=put, model="new", base="one"), curvature=find_curvature(put), resamples=300)
+    assert report["run"] is None
+    assert "How the model was edited" not in markdown(report)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["apply", "two", "first.safetensors", "--out", "new"], "nothing to do: the model is already"),
+        (["apply", "one", "first.safetensors", "first.safetensors", "--out", "new"], "nothing to do: the model is"),
         (["apply", "three", "first.safetensors", "--out", "new"], "model.layers.2.mlp.down_proj.weight differs"),
         (["revert", "one", "first.safetensors", "--out", "new"], "nothing to do: the model is already"),
         (["apply", "one", "none.safetensors", "--out", "new"], "there is no patch 'none.safetensors'"),

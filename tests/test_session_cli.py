@@ -1,6 +1,8 @@
 """``crispedit session`` from end to end, on the bundled model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,6 +141,18 @@ def test_what_cannot_be_done_is_said_in_a_line(work, capsys, arguments, said):
     assert said in error
     assert error.count("\n") == 1
     assert not (work / "t").exists()
+
+
+def test_a_session_is_listed_without_torch_and_without_its_tensors(work):
+    program("edit", "s", "1.json")
+    for path in (work / "s").rglob("*.safetensors"):
+        path.unlink()
+    for command, said in (("status", "1: 4 edits from 1.json"), ("log", "round 1: 4 edits from 1.json, by ft")):
+        code = f"import sys; from crispedit import cli; cli._run(['session', '{command}', 's']); print(*sys.modules)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        printed, modules = run.stdout.rstrip("\n").rsplit("\n", 1)
+        assert said in printed
+        assert not {"torch", "transformers", "safetensors"} & set(modules.split())
 
 
 def test_a_damaged_file_is_named(work, capsys):

@@ -120,6 +120,45 @@ def test_damage_is_found_and_named_and_nothing_else_is_lost(directory, damage):
         assert store.path(2, "one.txt").read_text() == "b"
 
 
+def test_an_index_with_a_flipped_bit_or_a_missing_end_is_refused_or_says_the_same(directory):
+    """Bits that hold nothing may flip unseen; a row that is another one, or gone, may not."""
+    with Store.writing(directory) as store:
+        add(store, "a")
+        add(store, "b")
+    index = directory / INDEX
+    good, refused = index.read_bytes(), 0
+
+    def listed():
+        with Store.reading(directory) as store:
+            return store.about, store.rounds(), store.entries(), store.files(), store.value("last"), store.num_bytes()
+
+    found = listed()
+    flips = [(place, 1 << place % 8) for place in range(0, len(good), 29)]
+    cuts = [good[:size] for size in range(0, len(good), 1021)]
+    for damaged in [*(good[:p] + bytes([good[p] ^ bit]) + good[p + 1 :] for p, bit in flips), *cuts]:
+        index.write_bytes(damaged)
+        try:
+            same = listed() == found
+        except ArtifactError as error:
+            same = INDEX in str(error) or "has format" in str(error)
+            refused += 1
+        assert same
+    assert refused > len(cuts)
+    index.write_bytes(good)
+    assert listed() == found
+    with sqlite3.connect(index) as changed:  # what no database could know
+        changed.execute("UPDATE rounds SET record = replace(record, 'a', 'c')")
+    with pytest.raises(ArtifactError, match=r"session.db' is damaged: its checksum is another; the patches in"):
+        listed()
+
+
+def test_a_line_of_the_log_counts_like_any_row(directory):
+    with Store.writing(directory) as store:
+        store.log("by hand")
+    with Store.reading(directory) as store:
+        assert [entry for _, entry in store.entries()] == ["created", "by hand"]
+
+
 def test_what_is_no_store_is_said(directory, tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ArtifactError, match="is no session; 'crispedit session init MODEL DIR' makes one"):
@@ -131,7 +170,7 @@ def test_what_is_no_store_is_said(directory, tmp_path):
     with pytest.raises(ArtifactError, match="has format 2, and this version reads 1"):
         Store.reading(directory).__enter__()
     (directory / INDEX).write_bytes(b"no database at all, but something longer than a header")
-    with pytest.raises(ArtifactError, match=r"the index of .* cannot be used"):
+    with pytest.raises(ArtifactError, match=r"session.db' cannot be used"):
         Store.reading(directory).__enter__()
 
 
@@ -143,6 +182,40 @@ def test_a_store_that_cannot_be_filled_leaves_nothing(tmp_path):
     with pytest.raises(ArtifactError, match="No space left"):
         Store.create(tmp_path / "store", {}, fails)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ten_gigabytes_are_listed_at_once_and_no_tensor_is_read(directory, monkeypatch):
+    """The files have no content, and take no room; then they are not even there."""
+    with monkeypatch.context() as patched, Store.writing(directory) as store:
+        patched.setattr("crispedit.store._checksum", lambda path: "0" * 64)  # it would read them
+        for number in range(1, 51):
+            with store.new_round() as building:
+                for name in ("patch", "factors"):
+                    (building / f"{name}.safetensors").touch()
+                    os.truncate(building / f"{name}.safetensors", 100_000_000)
+                scores = {"reliability": 99.0}
+                record = {
+                    "number": number,
+                    "edits": {"source": f"{number}.json", "count": 100},
+                    "kept": True,
+                    "metrics": {"after": scores, "epoch_losses": [0.123456789] * 200},
+                    "drift": {"drift": 0.01},
+                    "past": {str(earlier): scores for earlier in range(1, number + 1)},
+                }
+                store.commit(building, record, head=None, values={}, entry=f"round {number}")
+
+    def listed():
+        with Store.reading(directory) as store:
+            return store.about, store.rounds(), store.entries(), store.num_bytes()
+
+    began = time.monotonic()
+    found = listed()
+    assert time.monotonic() - began < 0.5
+    assert len(found[1]) == 50
+    assert found[3] == 10_000_000_000 + len("base")
+    for path in directory.rglob("*.safetensors"):
+        path.unlink()
+    assert listed() == found
 
 
 def _add_until_killed(directory):

@@ -1,7 +1,7 @@
 """Edited models on disk: an ordinary Hugging Face directory, or only the patch that makes it of its base.
 
-Both forms hold ``crispedit.json``, from which the run can be repeated. Tensors are safetensors; nothing
-is unpickled.
+Both forms hold ``crispedit.json``, from which the run can be repeated; that of a model that patches were put on says
+which. Tensors are safetensors; nothing is unpickled.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,14 +20,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from .costs import Shape
-from .curvature import Curvature
-from .editing import EditResult
-from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
-from .statistics import LEVEL, Difference
-from .tradeoff import KINDS, ON_FRONT, Comparison, claim, interval
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: a list of rounds needs neither
+    from .costs import Shape
+    from .curvature import Curvature
+    from .editing import EditResult
+    from .planning import Fit, Plan
+    from .tradeoff import Comparison
 
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
@@ -108,8 +109,11 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     out.print(table)
 
 
-def print_comparison(found: Comparison) -> None:
+def print_comparison(found: "Comparison") -> None:
     """What editors gain and cost, what can be said of it, and which of them failed."""
+    from .statistics import LEVEL
+    from .tradeoff import ON_FRONT
+
     shared = found.shared
     title = f"{shared['model']} on {shared['edits']['source']}, judge: {shared['judge']}; scores in %"
     print_table(title, *found.table(wide=False))
@@ -147,6 +151,8 @@ _DETAIL_NAMES = {
 
 def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
     """Evaluations of the same edits side by side, one column each."""
+    from .tradeoff import KINDS
+
     rows = []
     for context, said in _CONTEXT_NAMES.items():
         found = [e[context] for e in columns.values()]
@@ -197,6 +203,9 @@ def print_judged(about: dict[str, Any]) -> None:
 
 def print_tasks(harness: dict[str, Any]) -> None:
     """Tasks of lm-evaluation-harness: their scores, beside the base model's where there is one, and what that says."""
+    from .statistics import Difference
+    from .tradeoff import claim, interval
+
     found = harness["tasks"]
     columns = ["base", "score"] if any(task["base"] is not None for task in found.values()) else ["score"]
     print_table(
@@ -219,7 +228,7 @@ def print_tasks(harness: dict[str, Any]) -> None:
         out.print(f"  {name:<{wide}}  {said}", soft_wrap=True)
 
 
-def print_curvature(curvature: Curvature) -> None:
+def print_curvature(curvature: "Curvature") -> None:
     """The curvature of every matrix in a few numbers, and whether the texts were enough."""
     rows = []
     for layer, name in zip(curvature.layers, curvature.factors, strict=True):
@@ -375,7 +384,7 @@ def tera(flops: int) -> str:
     return "–" if not flops else f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
 
 
-def print_plan(plan: Plan, title: str) -> None:
+def print_plan(plan: "Plan", title: str) -> None:
     """What an edit will take: its matrices, memory and time by stage, disk, and whether it fits."""
     shapes: dict[Shape, list[str]] = {}
     for layer, (_, shape) in zip(plan.settings.layers, plan.matrices, strict=True):
@@ -401,7 +410,7 @@ def print_plan(plan: Plan, title: str) -> None:
         out.print(_fit_line(plan.fit), soft_wrap=True)
 
 
-def _fit_line(fit: Fit) -> str:
+def _fit_line(fit: "Fit") -> str:
     """Whether a memory is enough, in a line."""
     if fit.fits:
         return f"It fits into {size(fit.memory)}."
@@ -412,7 +421,7 @@ def _fit_line(fit: Fit) -> str:
     return f"It does not fit into {size(fit.memory)}, with any settings: {least}."
 
 
-def print_proof(result: EditResult) -> None:
+def print_proof(result: "EditResult") -> None:
     """The proof of an edit: before and after, answers in full, and what changed per matrix."""
     metrics, edits = result.metrics, result.provenance["edits"]
     out.print(f"{edits['count']} edits from {edits['source']}, schema {edits['schema']}", soft_wrap=True)

@@ -18,11 +18,11 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__
-from .artifacts import read_json, write_directory, write_json
+from .artifacts import read_json, write_directory, write_json, write_tensors
 from .description import ENERGY, Description, describe, leading_spectrum
 from .errors import ArtifactError, ConfigError, ModelError, check_choice
 from .factors import (
@@ -329,7 +329,7 @@ class Curvature:
             for side, moment in (("A", factors.A), ("G", factors.G)):
                 tensors |= _stored(f"{name}/{side}", moment)
         with write_directory(Path(directory), overwrite=overwrite) as building:
-            save_file(tensors, building / TENSORS)
+            write_tensors(building / TENSORS, tensors, {}, "the curvature")
             seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
             write_json(building / MANIFEST, {**self.manifest(), **seconds})
         self.path = Path(directory)
@@ -582,14 +582,50 @@ def merge(
     factors = {n: merge_factors([c.factors[n] for c in curvatures], weights) for n in first.factors}
     raw = [c.num_tokens for c in curvatures] if weights is None else weights
     known = start or curvatures[max(zip(raw, range(len(raw)), strict=True))[1]]
-    parts = [{"weight": weight, **c.texts} for weight, c in zip(raw, curvatures, strict=True)]
-    digest = hashlib.sha256(json.dumps([[p["weight"], p["sha256"]] for p in parts]).encode()).hexdigest()
+    parts = _parts(curvatures, raw)
     return first._with(
         factors,
-        {"source": "merged", "sha256": digest, "seed": None, "samples": None, "parts": parts},
+        {"source": "merged", "sha256": _digest(parts), "seed": None, "samples": None, "parts": parts},
         held_out=tuple(dict.fromkeys(text for c in curvatures for text in c.held_out)),
         starts={**known._starts, **known._spectra, **known._tops},
     )
+
+
+def _parts(curvatures: Sequence[Curvature], weights: Sequence[float]) -> list[dict[str, Any]]:
+    """The corpora of a sum with their weights: those of sums among its terms, and all rounds of edits as one.
+
+    A session adds to its curvature with every round: a list of lists, or of rounds, would grow with it.
+    """
+    flat: list[dict[str, Any]] = []
+    for weight, curvature in zip(weights, curvatures, strict=True):
+        own = curvature.texts.get("parts", [{"weight": weight, **curvature.texts}])
+        total = sum(part["weight"] for part in own)
+        flat += own if total == weight else [{**part, "weight": weight * part["weight"] / total} for part in own]
+    parts: list[dict[str, Any]] = []
+    for part in flat:
+        before = next((n for n, one in enumerate(parts) if one["source"] == part["source"] == "edits"), None)
+        if before is None:
+            parts.append(part)
+        else:
+            parts[before] = _rounds_as_one(parts[before], part)
+    return parts
+
+
+def _rounds_as_one(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Two rounds of edits, or what was made of several, as one entry with a hash over their hashes."""
+    both = earlier, later
+    return {
+        "weight": earlier["weight"] + later["weight"],
+        "source": "edits",
+        "sha256": _digest(both),
+        "seed": None,
+        "samples": earlier["samples"] + later["samples"],
+        "rounds": sum(part.get("rounds", 1) for part in both),
+    }
+
+
+def _digest(parts: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([[part["weight"], part["sha256"]] for part in parts]).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

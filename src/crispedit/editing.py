@@ -382,8 +382,16 @@ def _as_edit_set(edits: Sequence[Any]) -> EditSet:
     return edits_from_rows(edits)
 
 
-def _provenance(model: Any, model_name: str, edits: EditSet) -> dict[str, Any]:
-    """Where model and edits came from, and on what they met."""
+def origin(model: Any, model_name: str) -> dict[str, Any]:
+    """What was changed, by which versions, on what machine: the beginning of every ``crispedit.json``.
+
+    Args:
+        model: As it was before.
+        model_name: Recorded; what the model's configuration says when empty.
+
+    Returns:
+        ``versions``, ``machine`` and ``model``.
+    """
     versions = {
         "crispedit": __version__,
         "torch": torch.__version__,
@@ -398,6 +406,13 @@ def _provenance(model: Any, model_name: str, edits: EditSet) -> dict[str, Any]:
             "fingerprint": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
+    }
+
+
+def _provenance(model: Any, model_name: str, edits: EditSet) -> dict[str, Any]:
+    """Where model and edits came from, and on what they met."""
+    return {
+        **origin(model, model_name),
         "edits": {"source": edits.source, "schema": edits.schema, "sha256": edits.sha256, "count": len(edits)},
         "texts": None,
         "curvature": None,

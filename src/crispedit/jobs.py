@@ -148,6 +148,8 @@ class EditJob:
             ArtifactError: It is no such record.
         """
         record = read_json(path / "crispedit.json" if path.is_dir() else path)
+        if isinstance(record, dict) and "patches" in record:
+            raise ArtifactError(f"'{path}' was made by 'crispedit {record.get('command')}': there is no edit to repeat")
         try:
             job, settings = record["job"], dict(record["settings"])
             settings.pop("layers")  # those that were edited; an editor's default may be no list for all its matrices

@@ -34,7 +34,8 @@ def apply(
     model: Model, files: Files, out: Out, overwrite: Overwrite = False, trust_remote_code: TrustRemoteCode = False
 ) -> None:
     """Put patches on a model, in their order, and write it: bit for bit what it was when they were made."""
-    _put(model, [_read(file) for file in files], out, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    patches = [(file, _read(file)) for file in files]
+    _put(model, "apply", patches, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -42,8 +43,8 @@ def revert(
     model: Model, files: Files, out: Out, overwrite: Overwrite = False, trust_remote_code: TrustRemoteCode = False
 ) -> None:
     """Take patches off a model, the last first, and write it: bit for bit what it was before them."""
-    undone = [_read(file).reversed() for file in reversed(files)]
-    _put(model, undone, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    undone = [(file, _read(file).reversed()) for file in reversed(files)]
+    _put(model, "revert", undone, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -87,21 +88,33 @@ def _read(file: Path) -> "Patch":
     return Patch.read(file)
 
 
-def _put(model: str, patches: "list[Patch]", out: Path, *, overwrite: bool, trust_remote_code: bool) -> None:
-    """Puts patches on a model, all of them or none, and writes it, read back and compared."""
-    from .artifacts import check_writable, write_directory
-    from .checkpoint import check_room, load_edited, read_back, write_model
+def _put(
+    model: str,
+    command: str,
+    patches: "list[tuple[Path, Patch]]",
+    out: Path,
+    *,
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Puts patches on a model, all of them or none, and writes it, read back and compared, with what was done."""
+    from .artifacts import check_writable, write_directory, write_json
+    from .checkpoint import RECORD, check_room, load_edited, read_back, write_model
     from .console import out as stdout
+    from .editing import origin
     from .patch import apply_to
 
     check_writable(out, overwrite=overwrite)
     check_room(model, out)
     loaded = load_edited(model, device="cpu", trust_remote_code=trust_remote_code)
-    for patch in patches:
+    told = [{"file": str(file), **patch.about} for file, patch in patches]
+    record = {"command": f"patch {command}", **origin(loaded.model, model), "patches": told}
+    for _, patch in patches:
         apply_to(loaded.model, patch, loaded.stored_dtype)
     with write_directory(out, overwrite=overwrite) as building:
         write_model(loaded.model, loaded.tokenizer, building, loaded.stored_dtype)
         read_back(loaded.model, building, loaded.stored_dtype)
+        write_json(building / RECORD, record)
     stdout.print(f"the model is in {out}", soft_wrap=True)
 
 

@@ -221,9 +221,9 @@ def _answer(found: Evaluated, context: str, index: int) -> dict[str, Any]:
 
 
 def _run(found: Evaluated) -> dict[str, Any] | None:
-    """How the model was edited, from its ``crispedit.json``."""
+    """How the model was edited, from its ``crispedit.json``; one that patches were put on was not edited."""
     record = found.record
-    if record is None:
+    if record is None or "patches" in record:
         return None
     settings, metrics = dict(record.get("settings", {})), record.get("metrics", {})
     edits, texts, training = record.get("edits", {}), record.get("texts"), metrics.get("training", {})

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,18 @@ class Session:
             raise ArtifactError(f"there is no round {number}; the session has {last}")
         if number == 0:
             return None
+        try:
+            return self._back_from_newest(number)
+        except ArtifactError as error:  # a file is damaged; there are two ways, and the other may not need it
+            head = reduce(Patch.then, map(self.patch, range(1, number + 1)))
+            log.info("%s; the patches of all rounds up to %d were joined instead", error, number)
+            return head
+
+    def _back_from_newest(self, number: int) -> Patch:
         path = self.store.head
         assert path is not None
-        head = Patch.read(path)
-        for later in range(last, number, -1):
-            head = head.then(self.patch(later).reversed())
-        return head
+        taken_off = (self.patch(later).reversed() for later in range(len(self.rounds), number, -1))
+        return reduce(Patch.then, taken_off, Patch.read(path))
 
     def patch(self, number: int) -> Patch:
         """The patch of a round."""

@@ -5,8 +5,9 @@
     DIR/rounds/NAME/    the files of a round, written under a temporary name, synced, renamed, and never changed
     DIR/heads/NAME      what only the newest round needs, replaced with every round
 
-A file counts once a row of the index names it, with its size and checksum. What a killed process left behind is named
-by none: the next one that opens the directory for writing removes it, and says so. Whoever only reads needs no lock.
+A file counts once a row of the index names it, with its size and checksum; SQLite has none of its own content, and so
+the index also holds a checksum of all of its rows. What a killed process left behind is named by no row: the next one
+that opens the directory for writing removes it, and says so. Whoever only reads needs no lock.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -97,9 +98,7 @@ class Store:
             raise ArtifactError(f"'{directory}' is no session; 'crispedit session init MODEL DIR' makes one")
         with _explained(directory), closing(_connect(directory / INDEX)) as index:
             store = cls(directory, index)
-            known = store._get("format")
-            if known != FORMAT:
-                raise ArtifactError(f"'{directory}' has format {known}, and this version reads {FORMAT}")
+            store._check()
             yield store
 
     @classmethod
@@ -117,10 +116,11 @@ class Store:
             ArtifactError: Another process writes to it, or it cannot be written.
         """
         with cls.reading(directory) as store, _locked(directory):
-            store._tidy()
-            if store.tidied:
+            store.tidied = store.strays()
+            if store.tidied:  # said before it is done: a kill in between must not leave it unsaid
                 with store._transaction():
                     store.log(f"removed what an interrupted command had left: {', '.join(store.tidied)}")
+            store._tidy()
             yield store
 
     tidied: list[str] = []  # noqa: RUF012  # replaced, never changed
@@ -138,6 +138,16 @@ class Store:
     def entries(self) -> list[tuple[float, str]]:
         """The log: when (seconds since 1970) and what, oldest first."""
         return list(self._index.execute("SELECT time, entry FROM log ORDER BY rowid"))
+
+    def files(self) -> list[str]:
+        """The files that count, by their paths in the store, in order."""
+        return [name for (name,) in self._index.execute("SELECT path FROM files ORDER BY path")]
+
+    def strays(self) -> list[str]:
+        """Rounds and heads that do not count: another process is writing them, or was killed while it did."""
+        names = {f"{ROUNDS}/{name}" for (name,) in self._index.execute("SELECT directory FROM rounds")}
+        there = [f"{part}/{path.name}" for part in (ROUNDS, HEADS) for path in (self.directory / part).iterdir()]
+        return sorted(set(there) - names - {self._get("head")})
 
     def num_bytes(self) -> int:
         """Of all files that count."""
@@ -180,8 +190,7 @@ class Store:
 
     def damaged(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> list[str]:
         """What is wrong with files that count, one line each; all of them are read."""
-        names = [name for (name,) in self._index.execute("SELECT path FROM files ORDER BY path")]
-        wrong = []
+        names, wrong = self.files(), []
         for number, name in enumerate(names):
             try:
                 self.checked(name)
@@ -268,7 +277,8 @@ class Store:
 
     def log(self, entry: str) -> None:
         """Adds a line to the log."""
-        self._index.execute("INSERT INTO log VALUES (?, ?)", (time.time(), entry))
+        with nullcontext() if self._index.in_transaction else self._transaction():
+            self._index.execute("INSERT INTO log VALUES (?, ?)", (time.time(), entry))
 
     @property
     def head(self) -> Path | None:
@@ -298,26 +308,46 @@ class Store:
 
     def _tidy(self) -> None:
         """Removes rounds and heads that do not count."""
-        names = {name for (name,) in self._index.execute("SELECT directory FROM rounds")}
-        head = self._get("head")
-        strays = [path for path in (self.directory / ROUNDS).iterdir() if path.name not in names]
-        strays += [path for path in (self.directory / HEADS).iterdir() if f"{HEADS}/{path.name}" != head]
-        for path in strays:
+        for name in self.strays():
+            path = self.directory / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        self.tidied = sorted(path.relative_to(self.directory).as_posix() for path in strays)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._index.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._set("checksum", self._content())
+            self._index.execute("COMMIT")
         except BaseException:
-            self._index.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # some failures, such as a full disk, have rolled it back already
+                self._index.execute("ROLLBACK")
             raise
+
+    def _check(self) -> None:
+        """Refuses an index of another format, or with rows that are not as they were written."""
+        self._index.execute("BEGIN")  # one state of it, whoever writes
+        found = dict(self._index.execute("SELECT name, value FROM about WHERE name IN ('format', 'checksum')"))
+        if found.get("format") != str(FORMAT):
+            raise ArtifactError(f"'{self.directory}' has format {found.get('format')}, and this version reads {FORMAT}")
+        (sound,) = self._index.execute("PRAGMA integrity_check(1)").fetchone()  # SQLite's own look-up structures
+        if sound != "ok" or found.get("checksum") != json.dumps(self._content()):
+            raise ArtifactError(
+                f"'{self.directory / INDEX}' is damaged: its checksum is another; the patches in "
+                f"'{self.directory / ROUNDS}' can still be put on with 'crispedit patch apply'"
+            )
         self._index.execute("COMMIT")
+
+    def _content(self) -> str:
+        """A checksum of all rows."""
+        digest = hashlib.sha256()
+        for table in ("about WHERE name != 'checksum'", "rounds", "files", "log"):
+            for row in self._index.execute(f"SELECT * FROM {table} ORDER BY rowid"):
+                digest.update(f"{table} {row!r}\n".encode())
+        return digest.hexdigest()
 
     def _get(self, name: str, default: Any = None) -> Any:
         found = self._index.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
@@ -337,6 +367,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """The right to write. SQLite's lock on a file of its own: the system gives it back when the process ends."""
+    if not os.access(directory, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ArtifactError(f"'{directory}' cannot be written to; it can only be read")
     with closing(sqlite3.connect(directory / LOCK, isolation_level=None, timeout=0)) as lock:
         try:
             lock.execute("BEGIN EXCLUSIVE")
@@ -352,8 +384,8 @@ def _explained(directory: Path) -> Iterator[None]:
     """Says what SQLite and the system report in a line, with the directory's name."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        raise ArtifactError(f"the index of '{directory}' cannot be used: {error}") from error
+    except sqlite3.Error as error:
+        raise ArtifactError(f"'{directory / INDEX}' cannot be used: {error}") from error
     except OSError as error:
         raise ArtifactError(f"cannot use '{directory}': {error}") from error
 
