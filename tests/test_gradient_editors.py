@@ -308,7 +308,7 @@ def in_rounds(bundled, texts, fisher="empirical", **settings):
     weights = [{m.name: m.weight.clone() for m in edit_matrices(bundled.model, LAYERS)}]
     result = edit(
         bundled.model, bundled.tokenizer, ROWS, editor="crispedit-seq", curvature=curvature, texts=texts, round_size=2,
-        lr=1e-3, epochs=3, energy=0.8, **settings,
+        lr=1e-3, epochs=3, energy=0.8, history_weight=1.0, **settings,
         after_round=lambda _: weights.append({m.name: m.weight.clone() for m in edit_matrices(bundled.model, LAYERS)}),
     )  # fmt: skip
     return curvature, weights, result

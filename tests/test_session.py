@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from builders import long_texts
-from crispedit.curvature import Curvature, merge
+from crispedit.curvature import Curvature
 from crispedit.edits import edits_from_rows
 from crispedit.errors import ArtifactError, ConfigError, EditFailed, ModelError
 from crispedit.evaluation import evaluate
@@ -14,6 +14,7 @@ from crispedit.models import edit_matrices, fingerprint, load_model
 from crispedit.session import EDITS, PATCH, Session, edits_as_json, edits_from_json
 from crispedit.session_evaluation import evaluate_session
 from families import tiny_model, tiny_tokenizer
+from reference import relative
 
 SETTINGS = {"lr": 0.02, "epochs": 8, "energy": 0.5}
 
@@ -78,25 +79,43 @@ def test_every_round_can_be_loaded_again_and_taken_back(directory, base):
     assert same(weights(load_model(base)), states[0])
 
 
-def test_the_curvature_is_that_of_algorithm_2(directory):
-    """Token counts add, and the factors are those that Curvature.of_rows gives at the weights of each round."""
-    with Session.writing(directory) as session:
-        expected = session.curvature()
-        tokens = expected.num_tokens
+@pytest.mark.parametrize("weight", [1.0, 30.0, "equal-trace"])
+def test_the_curvature_is_that_of_algorithm_2(base, tmp_path, weight):
+    """By hand: factors of each round's rows at its weights, summed by tokens, and then weighted with the base's."""
+    create(base, tmp_path / "session", history_weight=weight)
+    with Session.writing(tmp_path / "session") as session:
+        capabilities = session.curvature()
+        parts = []
         for number in (1, 2):
             result = session.edit(round_of(number))
             matrices = edit_matrices(result.model, [1, 2])
             rows = [row.ids for row in _rows(result, round_of(number))]
-            own = expected.of_rows(result.model, matrices, rows, seed=number)
-            expected = merge([expected, own])
+            parts.append(capabilities.of_rows(result.model, matrices, rows, seed=number))
             found = session.curvature()
-            tokens += sum(len(row) - 1 for row in rows)
-            assert found.num_tokens == expected.num_tokens == tokens
+            tokens = [part.num_tokens for part in parts]
+            assert found.num_tokens == capabilities.num_tokens + sum(tokens)
             assert found.model_fingerprint == fingerprint(result.model)
             assert found.held_out == session.curvature(0).held_out
-            for name, factors in expected.factors.items():
-                assert torch.equal(found.factors[name].A, factors.A)
-                assert torch.equal(found.factors[name].G, factors.G)
+
+            def mean(name, side, tokens=tokens):
+                every = zip(parts, tokens, strict=True)
+                return sum(n * getattr(part.factors[name], side) for part, n in every) / sum(tokens)
+
+            names = list(found.factors)
+            ratio = (
+                weight * sum(tokens) / capabilities.num_tokens
+                if weight != "equal-trace"
+                else (
+                    sum(float(f.A.trace() * f.G.trace()) for f in capabilities.factors.values())
+                    / sum(float(mean(name, "A").trace() * mean(name, "G").trace()) for name in names)
+                )
+                ** 0.5
+            )
+            for name in names:
+                for side in "AG":
+                    expected = (getattr(capabilities.factors[name], side) + ratio * mean(name, side)) / (1 + ratio)
+                    # sums in another order, in float32
+                    assert relative(getattr(found.factors[name], side), expected) < 1e-5
 
 
 def _rows(result, edits):

@@ -121,6 +121,7 @@ def test_a_session_is_drawn(work, capsys):
         (["init", "bundled", "s"], "the directory 's' is not empty"),
         (["init", "bundled", "t", "--editor", "crispit"], "crispit"),
         (["init", "bundled", "t", "--set", "energy"], "--set is 'energy'; it must be NAME=VALUE"),
+        (["init", "bundled", "t", "--history-weight", "-1"], "it must be equal-trace or a number from 0 on"),
         (["revert", "s"], "give --to N"),
         (["revert", "s", "--to", "1", "--round", "1"], "give --to N"),
         (["revert", "s", "--to", "3"], "there is no round 3; the session has 0"),

@@ -300,6 +300,8 @@ def print_session(found: dict[str, Any]) -> None:
 
 def print_session_evaluation(directory: str, found: dict[str, Any]) -> None:
     """What the model says of every round's edits, as ``crispedit session evaluate`` finds it."""
+    from .tradeoff import KINDS
+
     for context, said in (("no_context", ""), ("qa_context", ", in a question")):
         print_table(
             f"{directory} after round {found['round']}{said}, %, judge: {found['judge']['name']}",

@@ -28,6 +28,7 @@ from .editors import configured
 from .edits import Edit, EditSet, Locality
 from .errors import ArtifactError, ConfigError, ModelError
 from .generation import Answer
+from .history import HISTORY_WEIGHT, HistoryWeight, with_history
 from .models import EditMatrix, LoadedModel, context_length, fingerprint, frozen, load_model
 from .patch import Patch, StoredTensors, apply_to
 from .progress import Progress, log, no_progress
@@ -64,6 +65,7 @@ class Session:
         editor: str = "crispedit",
         settings: Mapping[str, Any] | None = None,
         layers: Sequence[int] | None = None,
+        history_weight: HistoryWeight = HISTORY_WEIGHT,
         seed: int = 0,
         chat: str = "auto",
     ) -> None:
@@ -76,6 +78,7 @@ class Session:
             editor: ``EDITOR`` or ``EDITOR:PRESET``, of all rounds.
             settings: Of the editor.
             layers: Decoder blocks to edit; the editor's default when omitted.
+            history_weight: What earlier rounds weigh in the curvature; see :mod:`crispedit.history`.
             seed: Of everything drawn at random.
             chat: Whether prompts go through the chat template.
 
@@ -102,6 +105,7 @@ class Session:
             "seed": seed,
             "chat": chat,
             "curvature": curvature is not None,
+            "history_weight": history_weight,
         }
 
         def fill(building: Path) -> None:
@@ -178,12 +182,13 @@ class Session:
         """The curvature of the capabilities and of all rounds up to one, for the model after it."""
         if not self.about["curvature"]:
             return None
-        number = len(self.rounds) if number is None else number
         base = self._curvature_at(f"{BASE_CURVATURE}/factors.safetensors")
-        if number == 0:
-            return base
-        found = self._curvature_at(self._in_round(number, f"{CURVATURE}/factors.safetensors"))
-        return replace(found, held_out=base.held_out)
+        return with_history(base, self._curvature_of_rounds(number), self.about["history_weight"])
+
+    def _curvature_of_rounds(self, number: int | None = None) -> Curvature | None:
+        """What all rounds up to one have added; ``None`` before the first."""
+        number = len(self.rounds) if number is None else number
+        return self._curvature_at(self._in_round(number, f"{CURVATURE}/factors.safetensors")) if number else None
 
     def _in_round(self, number: int, name: str) -> str:
         return self.store.path(number, name).relative_to(self.store.directory).as_posix()
@@ -244,7 +249,7 @@ class Session:
             if keep_edits:
                 write_json(building / EDITS, edits_as_json(edits))
             if curvature is not None and config.needs_curvature():
-                self._add_curvature(curvature, result, matrices, edits, number).save(building / CURVATURE)
+                self._with_round(curvature, result, matrices, edits, number).save(building / CURVATURE)
             record = {
                 "number": number,
                 "time": time.time(),
@@ -268,17 +273,18 @@ class Session:
         self.rounds = self.store.rounds()
         return result
 
-    def _add_curvature(
+    def _with_round(
         self, curvature: Curvature, result: EditResult, matrices: Sequence[EditMatrix], edits: EditSet, number: int
     ) -> Curvature:
-        """The curvature so far and that of the round's rows at the weights it made, by token count (Algorithm 2)."""
+        """What all rounds have added, with that of this round's rows at the weights it made (Algorithm 2)."""
         model = result.model
         prompter = Prompter.of(model, result.tokenizer, chat=self.about["chat"], eos=result.settings["eos"])
         rows = [row.ids for row in prompter.rows(edits, context_length(model))]
         with frozen(model):
             own = curvature.of_rows(model, matrices, rows, self.about["seed"] + number)
-        # it is for editing the model as it is now; the held-out texts are those of the base, which has them
-        return replace(merge([curvature, own]), model_fingerprint=fingerprint(model), held_out=())
+        before = self._curvature_of_rounds()
+        parts = [own] if before is None else [replace(before, model_fingerprint=own.model_fingerprint), own]
+        return replace(merge(parts), model_fingerprint=fingerprint(model))  # it is for editing the model as it is now
 
     def drift(
         self, loaded: LoadedModel, matrices: Sequence[EditMatrix], base: Mapping[str, Tensor], progress: Progress

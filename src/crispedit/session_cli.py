@@ -51,6 +51,10 @@ def init(
     samples: Samples = None,
     layers: Layers = None,
     set_: Set = None,
+    history_weight: Annotated[
+        str | None,
+        typer.Option(help="What a token of earlier rounds weighs in the curvature, or equal-trace (the default)."),
+    ] = None,
     seed: Seed = 0,
     chat: Chat = "auto",
     device: Device = "auto",
@@ -62,6 +66,7 @@ def init(
     from .console import out
     from .curvature import Curvature
     from .editors import configured
+    from .history import HISTORY_WEIGHT, parse_history_weight
     from .jobs import EditJob
     from .models import load_model, parse_layers
     from .session import Session
@@ -69,6 +74,7 @@ def init(
 
     check_writable(directory)
     settings = parse_settings(set_ or [])
+    weight = parse_history_weight(history_weight) if history_weight is not None else HISTORY_WEIGHT
     _, config = configured(editor, settings)
     chosen = parse_layers(layers) if layers is not None else None
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -87,7 +93,17 @@ def init(
             )
             found, _ = job.curvature_in_cache(progress=progress, **options)
         loaded = load_model(model, **options)
-        Session.create(directory, loaded, found, editor=editor, settings=settings, layers=chosen, seed=seed, chat=chat)
+        Session.create(
+            directory,
+            loaded,
+            found,
+            editor=editor,
+            settings=settings,
+            layers=chosen,
+            history_weight=weight,
+            seed=seed,
+            chat=chat,
+        )
     out.print(f"the session is in {directory}: crispedit session edit {directory} EDITS", soft_wrap=True)
 
 

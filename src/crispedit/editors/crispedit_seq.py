@@ -4,7 +4,8 @@
     A ← (n A + n_k A_k) / (n + n_k),   G ← (n G + n_k G_k) / (n + n_k),   n ← n + n_k
 
 n counts tokens. A_k and G_k are of whole rows, prompts included; no earlier edit is kept. (CrispEdit, arXiv 2602.15823,
-Algorithm 2.) The variants that :class:`Config` has beside it are compared in docs/decisions.md.
+Algorithm 2.) By default the edits' sums are weighted so that they have as much curvature as the capabilities
+(:mod:`crispedit.history`): by their few tokens they would have no say. The variants are compared in docs/decisions.md.
 """
 
 import math
@@ -15,11 +16,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..curvature import Curvature, merge
-from ..moments import trace
+from ..history import HISTORY_WEIGHT, with_history
 from ._gradient import PUBLISHED, RuledRoundsConfig, train_rounds
 from .base import EditProblem, Presets, Round
 from .crispedit import Config as BatchConfig
 
+_PUBLISHED = {**PUBLISHED, **BatchConfig.presets["published"], "optimizer": "kept", "history_weight": 1.0}
 POOLED = 1000
 """Of all earlier edits the published mix draws at most so many."""
 
@@ -31,20 +33,18 @@ class Config(RuledRoundsConfig, BatchConfig):
         energy: γ, the share of the curvature that the excluded directions hold; without any it would be ``ft-seq``.
         history: ``merged`` is Algorithm 2. ``mix`` estimates the curvature anew after every round, of the capability
             texts and of earlier edits, which it keeps: the default of the published code.
-        history_weight: What a token of an edit weighs in the sum, a token of the capability texts being 1; 0 keeps off
-            the capabilities alone. ``equal-trace`` gives all edits together as much curvature as the capabilities.
+        history_weight: What a token of an edit weighs in the sum, a token of the capability texts being 1, as in
+            Algorithm 2; 0 keeps off the capabilities alone. ``equal-trace`` gives all edits together as much curvature
+            as the capabilities.
         refresh: Estimates the curvature of the capability texts anew when a matrix has moved so far, in parts of its
             norm, since it was last estimated; never when omitted. The paper's is 0.25.
     """
 
-    presets: ClassVar[Presets] = {
-        "published": {**PUBLISHED, **BatchConfig.presets["published"], "optimizer": "kept"},
-        "mix": {**PUBLISHED, **BatchConfig.presets["published"], "optimizer": "kept", "history": "mix"},
-    }
+    presets: ClassVar[Presets] = {"published": _PUBLISHED, "mix": {**_PUBLISHED, "history": "mix"}}
 
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
     history: Literal["merged", "mix"] = "merged"
-    history_weight: Annotated[float, Field(ge=0)] | Literal["equal-trace"] = 1.0
+    history_weight: Annotated[float, Field(ge=0)] | Literal["equal-trace"] = HISTORY_WEIGHT
     refresh: Annotated[float, Field(gt=0)] | None = None
 
     def subspace(self, *_: Any) -> None:
@@ -106,9 +106,7 @@ class _History:
                 self._refresh(chosen)
             if self.config.history_weight:
                 self._add_edits(chosen)
-            weights = self._weights()
-            parts = [part for part in (self.capabilities, self.edits) if part is not None]
-            self.joined = merge(parts, weights[: len(parts)], start=self.joined)
+            self.joined = with_history(self.capabilities, self.edits, self.config.history_weight, start=self.joined)
         return {"tokens": self.joined.num_tokens, **({"refreshed": True} if refreshed else {})}
 
     def _moved(self) -> bool:
@@ -138,17 +136,3 @@ class _History:
     def _of(self, chosen: Sequence[int], seed: int) -> Curvature:
         rows = [self.problem.rows[index].ids for index in chosen]
         return self.capabilities.of_rows(self.problem.model, self.problem.matrices, rows, seed)
-
-    def _weights(self) -> list[float]:
-        """Of the capabilities and of the edits."""
-        weight, tokens = self.config.history_weight, self.capabilities.num_tokens
-        if self.edits is None:
-            return [tokens]
-        if weight == "equal-trace":
-            return [1.0, math.sqrt(_total(self.capabilities) / _total(self.edits))]  # tr A and tr G have it once each
-        return [tokens, weight * self.edits.num_tokens]
-
-
-def _total(curvature: Curvature) -> float:
-    """Σ tr(A) tr(G) over the matrices."""
-    return sum(trace(factors.A) * trace(factors.G) for factors in curvature.factors.values())
