@@ -256,6 +256,8 @@ class _Loop:
     trainee: Trainee
     width: int
     """By what learning rates that are looked for are divided."""
+    first: float = START
+    """The first of them, times the width."""
     batch_size: int
     seed: int
     stop_loss: float
@@ -347,14 +349,15 @@ class _Run:
 
 def _at_found_rate(loop: _Loop, epochs: int) -> _Run:
     """The run at the rate that a short search finds; see :func:`train`."""
-    run = _Run(loop, START / loop.width)
+    first = loop.first / loop.width
+    run = _Run(loop, first)
     if ARRIVAL * epochs <= TRIAL:
         run.until(epochs, "edit", epochs, halve=True)
         return run
     best = run.until(TRIAL, "edit", epochs)
     trials = [Trial(run.rate, list(best.epoch_losses))]
     for factor, worth in ((2.0, WORTH), (0.5, 1.0)):
-        if best.rates[0] > START / loop.width:
+        if best.rates[0] > first:
             break  # a higher rate was taken
         while not best.stopped_early and too_slow(best.epoch_losses, epochs):
             rate = factor * best.rates[0]
@@ -383,6 +386,7 @@ def train(
     rows: Sequence[EditRow],
     *,
     lr: float | Literal["auto"],
+    first: float = START,
     epochs: int,
     batch_size: int,
     seed: int = 0,
@@ -396,7 +400,7 @@ def train(
 ) -> Trace:
     """Trains with Adam what is a part of the model's matrices.
 
-    With ``lr`` "auto" the rate is :data:`START` / d_in. If trials of :data:`TRIAL` epochs say that the loss falls
+    With ``lr`` "auto" the rate is ``first`` / d_in. If trials of :data:`TRIAL` epochs say that the loss falls
     too slowly to arrive (:func:`too_slow`), the rate is doubled as long as that makes the loss fall faster by
     :data:`WORTH`; or else halved as long as the loss falls as far. Later it is halved whenever the loss rises by
     more than 5 %. A rate that suits one model wrecks another; of two rates that arrive, the lower one damages
@@ -409,6 +413,7 @@ def train(
         trainee: What is trained.
         rows: The edits' rows.
         lr: Adam's learning rate, or ``auto``.
+        first: The first rate that ``auto`` tries, times d_in.
         epochs: Passes over the rows, at most; trials that are not taken come on top.
         batch_size: Rows per step.
         seed: Of the order of rows, reshuffled every epoch.
@@ -436,6 +441,7 @@ def train(
         alike=not logits.packed if alike is None else alike,
         trainee=trainee,
         width=max(matrix.shape[1] for matrix in matrices),
+        first=first,
         batch_size=batch_size,
         seed=seed,
         stop_loss=stop_loss,

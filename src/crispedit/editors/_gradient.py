@@ -17,6 +17,11 @@ PUBLISHED = {"lr": 5e-4, "batch_size": 32, "epochs": 25, "eos": False}
 """Of all gradient editors in the published comparison (CrispEdit, arXiv 2602.15823, appendix E)."""
 
 
+ROUNDS_START = 0.5
+"""The first learning rate that ``auto`` tries in rounds, times d_in: what one round may do to the model, the next does
+again (docs/decisions.md)."""
+
+
 class GradientConfig(EditorConfig):
     """Settings of the edit loop.
 
@@ -146,6 +151,6 @@ def train_rounds(
     """
     lr, memory = config.lr, AdamMemory() if config.optimizer == "kept" else None
     for chosen in problem.rounds(config.round_size):
-        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr, memory=memory)
+        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr, first=ROUNDS_START, memory=memory)
         lr = trace.rates[0] if lr == "auto" else lr
         yield Round(num_edits=chosen.stop, trace=trace, details=finished(chosen))
