@@ -41,18 +41,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "without history": ("crispedit-seq", {"history_weight": 0}),
     "ft-seq": ("ft-seq", {}),
     "alphaedit": ("alphaedit", {}),
-    # the variants of crispedit-seq
+    # variants
+    "token count": ("crispedit-seq", {"history_weight": 1}),
     "weight 10": ("crispedit-seq", {"history_weight": 10}),
     "weight 100": ("crispedit-seq", {"history_weight": 100}),
-    "equal trace": ("crispedit-seq", {"history_weight": "equal-trace"}),
     "one Adam": ("crispedit-seq", {"optimizer": "kept"}),
     "refreshed at 25 %": ("crispedit-seq", {"refresh": 0.25}),
-    "refreshed at 5 %": ("crispedit-seq", {"refresh": 0.05}),
     "mix": ("crispedit-seq", {"history": "mix"}),
+    "γ 0.97": ("crispedit-seq", {"energy": 0.97}),
+    "lr 3.5e-3": ("crispedit-seq", {"lr": 3.5e-3}),
+    "lr 3.5e-3, token count": ("crispedit-seq", {"lr": 3.5e-3, "history_weight": 1}),
     "published rule, one Adam": ("crispedit-seq", {"update": "projected-gradient", "optimizer": "kept"}),
-    "lr 1e-3": ("crispedit-seq", {"lr": 1e-3}),
-    "lr 2e-3": ("crispedit-seq", {"lr": 2e-3}),
-    "ft-seq, lr 1e-3": ("ft-seq", {"lr": 1e-3}),
+    "ft-seq, lr 3.5e-3": ("ft-seq", {"lr": 3.5e-3}),
     "ft-seq, one Adam": ("ft-seq", {"optimizer": "kept"}),
 }
 """By name, the editor and its settings."""
