@@ -1,7 +1,7 @@
 """What a person sees: progress on stderr, tables on stdout. Only the command line imports this."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -23,6 +23,7 @@ from rich.text import Text
 from .costs import Shape
 from .curvature import Curvature
 from .editing import EditResult
+from .paired import SMALL, rounded, small_loss
 from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
@@ -136,6 +137,7 @@ def print_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     out.print(table)
 
 
+_ENDS = {"value": "+", "low": "+", "high": "+", "detectable": ""}
 _CONTEXT_NAMES = {"no_context": "", "qa_context": ", in context", "teacher_forced": ", teacher-forced"}
 _LOCALITY_NAMES = {"token accuracy": "", "likelihood": " by likelihood"}
 _DETAIL_NAMES = {
@@ -175,6 +177,23 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
         rows.append(["answers not judged", *(f"{about['unjudged']:,}" for about in judged)])
         rows.append(["agreement with exact match, %", *(percent(about["agreement_with_exact"]) for about in judged)])
     print_table(title, ["", *columns], rows)
+
+
+def print_differences(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Differences to the base model (:func:`crispedit.paired.measure_rows`), and what their intervals say."""
+    shown = [row for row in rows if row["difference"] is not None]
+    cells = []
+    for row in shown:
+        value, low, high, detectable = (
+            rounded(row["difference"][name], row["digits"], sign) for name, sign in _ENDS.items()
+        )
+        found = f"≥ {detectable}" if row["change"] == "none" else ""
+        cells.append([f"{row['title']}, {row['unit'].replace('%', 'points')}", value, f"[{low}, {high}]", found])
+    title = "less the base model, item by item"
+    print_table(title, ["", "difference", f"{100 * LEVEL:g} % interval", "could have shown"], cells)
+    small = [row["title"] for row in shown if small_loss(row)]
+    if small:
+        out.print(f"a loss, if any, below {SMALL:g} point by these intervals: {'; '.join(small)}", soft_wrap=True)
 
 
 def print_judged(about: dict[str, Any]) -> None:
