@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from crispedit.console import print_differences
-from crispedit.paired import differences_record, measure_rows, small_loss
+from crispedit.paired import could_have_shown, differences_record, measure_rows, small_loss
 from crispedit.teacher_forced import TeacherForced
 from evaluated import evaluated
 
@@ -109,6 +109,16 @@ def test_the_table_says_what_could_have_been_shown_where_nothing_was(capsys):
     assert "≥" not in lines["locality"]
     assert "+40.0" in lines["reliability"]
     assert "a loss, if any, below 1 point by these intervals: abilities\n" in said
+
+
+def test_what_no_percentage_can_change_by_could_not_have_been_shown():
+    row = loss(-40, 20)
+    row["difference"]["detectable"] = 100.0
+    assert could_have_shown(row) == "≥ 100.0"
+    row["difference"]["detectable"] = 100.1
+    assert could_have_shown(row) == "nothing"
+    assert could_have_shown(row | {"unit": "nats/token"}) == "≥ 100.1"
+    assert could_have_shown(row | {"change": "loss"}) == ""
 
 
 def test_nothing_is_said_to_be_small_where_no_interval_says_so(capsys):

@@ -23,7 +23,7 @@ from rich.text import Text
 from .costs import Shape
 from .curvature import Curvature
 from .editing import EditResult
-from .paired import SMALL, rounded, small_loss
+from .paired import SMALL, could_have_shown, rounded, small_loss
 from .planning import Fit, Plan
 from .progress import Progress as ProgressCallback
 from .progress import log
@@ -137,7 +137,6 @@ def print_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     out.print(table)
 
 
-_ENDS = {"value": "+", "low": "+", "high": "+", "detectable": ""}
 _CONTEXT_NAMES = {"no_context": "", "qa_context": ", in context", "teacher_forced": ", teacher-forced"}
 _LOCALITY_NAMES = {"token accuracy": "", "likelihood": " by likelihood"}
 _DETAIL_NAMES = {
@@ -184,13 +183,14 @@ def print_differences(rows: Sequence[Mapping[str, Any]]) -> None:
     shown = [row for row in rows if row["difference"] is not None]
     cells = []
     for row in shown:
-        value, low, high, detectable = (
-            rounded(row["difference"][name], row["digits"], sign) for name, sign in _ENDS.items()
-        )
-        found = f"≥ {detectable}" if row["change"] == "none" else ""
-        cells.append([f"{row['title']}, {row['unit'].replace('%', 'points')}", value, f"[{low}, {high}]", found])
-    title = "less the base model, item by item"
-    print_table(title, ["", "difference", f"{100 * LEVEL:g} % interval", "could have shown"], cells)
+        value, low, high = (rounded(row["difference"][name], row["digits"], "+") for name in ("value", "low", "high"))
+        title = f"{row['title']}, {row['unit'].replace('%', 'points')}"
+        cells.append([title, value, f"[{low}, {high}]", could_have_shown(row)])
+    print_table(
+        "less the base model, item by item",
+        ["", "difference", f"{100 * LEVEL:g} % interval", "could have shown"],
+        cells,
+    )
     small = [row["title"] for row in shown if small_loss(row)]
     if small:
         out.print(f"a loss, if any, below {SMALL:g} point by these intervals: {'; '.join(small)}", soft_wrap=True)

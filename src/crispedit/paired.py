@@ -118,6 +118,24 @@ def small_loss(row: Mapping[str, Any]) -> bool:
     return bool(difference["low"] > -SMALL)
 
 
+def could_have_shown(row: Mapping[str, Any]) -> str:
+    """The smallest difference that a sample could have shown, where it shows none.
+
+    Args:
+        row: Of :func:`measure_rows`.
+
+    Returns:
+        A phrase; empty where there is a difference. No percentage changes by more than 100 points, and a sample that
+        could have shown nothing less could have shown nothing.
+    """
+    if row["change"] != "none":
+        return ""
+    detectable = row["difference"]["detectable"]
+    if row["unit"] == "%" and detectable is not None and detectable > 100:
+        return "nothing"
+    return f"≥ {rounded(detectable, row['digits'])}"
+
+
 def rounded(value: float | None, digits: int, sign: str = "") -> str:
     """A number with so many decimals, or a dash; there is no −0.0.
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .paired import rounded
+from .paired import could_have_shown, rounded
 
 CONTEXTS = {"no_context": "no context", "qa_context": "QA context"}
 _MARKS = {True: "right", False: "**wrong**", None: "–"}
@@ -67,7 +67,7 @@ def _measures(report: Mapping[str, Any]) -> list[str]:
         if paired is not None:
             ends = _interval((paired["low"], paired["high"]), digits, "+")
             difference = f"{rounded(paired['value'], digits, '+')} [{ends}]"
-            could = f"≥ {rounded(paired['detectable'], digits)}" if found["change"] == "none" else ""
+            could = could_have_shown(found)
         title = f"{found['title']}, {found['unit']}"
         rows.append([title, rounded(found["before"], digits), after, difference, could, f"{found['items']:,}"])
     header = ["", "before", "after", "difference", "none found; could have shown", "items"]
