@@ -9,9 +9,10 @@ settings. It and the edited models are then asked about the edits: freely, witho
 context, judged by ``exact`` and ``contains`` and by the published stop rule with ``exact``; and teacher-forced. Of
 CounterFact, efficacy is measured too: the new target likelier than the old one.
 
-Printed is a Markdown table, scores in percent; *as the base* is the share of locality prompts with the base model's
-answer, and of teacher forcing its agreement with the base model's first choices. Below it stands how much higher
-teacher-forced reliability is than that of free answers without a context, in points, with a paired interval.
+Printed is a Markdown table of reliability / generalization / locality / agreement with the base, in percent. Agreement
+is the share of locality prompts that get the base model's answer; teacher-forced, that of tokens with the same first
+choice. Below it stands how much higher teacher-forced reliability and generalization are than those of free answers
+(``exact``, without a context), in points, with paired intervals.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from crispedit.console import progress_bars
+from crispedit.console import percent, progress_bars
 from crispedit.edits import Edit, EditSet
 from crispedit.evaluation import Evaluation, measure
 from crispedit.jobs import EditJob, read_edits
@@ -36,7 +37,6 @@ from crispedit.tradeoff import KINDS
 from crispedit.wild import CONTEXTS, items_of, judge_answers, mean_scores, questions
 
 CONTEXT_NAMES = {"no_context": "", "qa_context": ", QA context"}
-HEADER = ["model", "protocol", *(f"{kind}, %" for kind in KINDS), "as the base, %"]
 Scores = dict[str, float | None]
 
 
@@ -91,12 +91,17 @@ def free_scores(found: Evaluation, base: Evaluation, edits: Sequence[Edit], judg
     return rows
 
 
-def overstated(found: Evaluation) -> Difference:
-    """Teacher-forced reliability less that of free answers (exact, no context): points, paired edit by edit."""
+def overstated(found: Evaluation) -> dict[str, Difference]:
+    """Teacher-forced scores less those of free answers (exact, no context): points, paired edit by edit."""
     assert found.forced is not None
-    both = [found.edits["no_context"]["reliability"], found.forced.items["reliability"]]
-    measures = [Measure((Stratum.of([100 * one[edit] for edit in sorted(one)]),), span=100) for one in both]
-    return differences(measures, 0)[1]
+    more = {}
+    for kind in ("reliability", "generalization"):
+        both = [found.edits["no_context"][kind], found.forced.items[kind]]
+        if not both[0]:  # edits without rephrases
+            continue
+        measures = [Measure((Stratum.of([100 * one[edit] for edit in sorted(one)]),), span=100) for one in both]
+        more[kind] = differences(measures, 0)[1]
+    return more
 
 
 def cases(editors: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -107,12 +112,13 @@ def cases(editors: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def table(found: Mapping[str, Mapping[str, Scores]]) -> list[str]:
-    """The lines of the Markdown table."""
-    lines = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)]]
-    for model, rows in found.items():
-        for protocol, scores in rows.items():
-            values = [scores.get(kind) for kind in (*KINDS, "agreement")]
-            lines.append([model, protocol, *("–" if value is None else f"{value:.1f}" for value in values)])
+    """The lines of the Markdown table: a row for every protocol, a column for every model."""
+    lines = [["protocol", *found], ["---"] * (1 + len(found))]
+    for protocol in found["base"]:
+        cells = [
+            " / ".join(percent(rows[protocol].get(kind)) for kind in (*KINDS, "agreement")) for rows in found.values()
+        ]
+        lines.append([protocol, *cells])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
@@ -121,14 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", default="bundled:demo", help="a file of edits, or bundled:demo, bundled:eval")
     parser.add_argument("--limit", type=int, default=200, help="the first so many edits")
-    parser.add_argument("--editors", nargs="+", default=["ultraedit", "crispedit,eos=false", "crispedit"])
+    parser.add_argument("--editors", nargs="+", default=["ultraedit", "crispedit"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the scores and the differences to this file too")
     options = parser.parse_args()
     edits = read_edits(options.edits, limit=options.limit, conflicts="first")
     loaded = load_model(BUNDLED)
     found: dict[str, dict[str, Scores]] = {}
-    more: dict[str, Difference] = {}
+    more: dict[str, dict[str, Difference]] = {}
+    settings_of: dict[str, Any] = {}
     with progress_bars(keep=False) as progress:
         with frozen(loaded.model):
             choices = locality_choices(loaded.model, loaded.tokenizer, edits, progress=progress)
@@ -144,21 +151,25 @@ def main() -> None:
                 conflicts="first",
                 seed=options.seed,
             )
-            said = ask(job.run(progress=progress).model, loaded.tokenizer, edits, choices, progress)
+            edited = job.run(progress=progress)
+            settings_of[called] = edited.settings
+            said = ask(edited.model, loaded.tokenizer, edits, choices, progress)
             found[called], more[called] = by_protocol(said, base, edits), overstated(said.own)
     print(f"{len(edits)} edits from {Path(options.edits).name}, seed {options.seed}", end="\n\n")
     print("\n".join(table(found)), end="\n\n")
-    for called, difference in more.items():
-        ends = f"[{difference.low:+.1f}, {difference.high:+.1f}]"
-        print(
-            f"{called}: teacher-forced reliability is {difference.value:+.1f} points {ends} beside that of free answers"
-        )
+    for called, kinds in more.items():
+        said_more = (f"{kind} {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for kind, d in kinds.items())
+        print(f"{called}, teacher-forced less free answers: {', '.join(said_more)}")
     if options.json is not None:
         record = {
             "edits": Path(options.edits).name,
             "count": len(edits),
+            "settings": settings_of,
             "scores": found,
-            "teacher_forced_less_free": {called: asdict(difference) for called, difference in more.items()},
+            "teacher_forced_less_free": {
+                called: {kind: asdict(difference) for kind, difference in kinds.items()}
+                for called, kinds in more.items()
+            },
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {options.json}", file=sys.stderr)
