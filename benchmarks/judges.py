@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", nargs="+", default=["bundled:demo"], help="files of edits, or bundled:demo")
     parser.add_argument("--limit", type=int, default=300, help="the first so many rows of each")
-    parser.add_argument("--editor", default="ultraedit", help="NAME[,SETTING=VALUE…], as in protocols.py")
+    parser.add_argument("--editor", default="crispedit", help="NAME[,SETTING=VALUE…], as in protocols.py")
     parser.add_argument("--json", type=Path, help="write all that was found to this file too")
     options = parser.parse_args()
     found = []
