@@ -42,7 +42,7 @@ from crispedit.editors import crispedit as editor
 from crispedit.edits import Edit
 from crispedit.generation import MAX_NEW_TOKENS, Answer, answers
 from crispedit.jobs import capability_texts, read_edits
-from crispedit.judge import exact
+from crispedit.judge import Case, is_exact
 from crispedit.models import BUNDLED, load_model
 from crispedit.proof import PROOF_EDITS, spread
 from crispedit.rows import Prompter
@@ -210,7 +210,9 @@ def wild(source: str, limit: int | None, sample: int, repeats: int) -> dict[str,
         seconds, found = timed(partial(with_expected, loaded.model, prompter, asked, context), repeats)
         batched += seconds
         tokens += sum(len(answer.ids) for answer in found)
-        right += sum(exact("", question.expected or "", a.text) for a, question in zip(found, asked, strict=True))
+        right += sum(
+            is_exact(Case("", question.expected or "", a.text)) for a, question in zip(found, asked, strict=True)
+        )
         started = clock()
         for index in chosen:
             text = one_at_a_time(loaded.model, prompter, in_context(asked[index].prompt, context))

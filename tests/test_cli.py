@@ -47,13 +47,18 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
 
     program("evaluate", "one", "edits.json", "--base", "bundled", "--json", "evaluation.json")
     evaluation = json.loads((work / "evaluation.json").read_text())
-    assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "judge", "capability"}
+    assert set(evaluation) == {"no_context", "qa_context", "teacher_forced", "judge", "capability", "differences"}
     assert evaluation["judge"]["unjudged"] == 0
     assert evaluation["no_context"]["reliability"] == 100
     assert evaluation["capability"]["drift"] == pytest.approx(record["metrics"]["capability"]["drift"], rel=1e-3)
     assert set(evaluation["capability"]["tasks"]) == {
         "arithmetic", "instructions", "multiple_choice", "true_false", "prose",
     }  # fmt: skip
+    differences = evaluation["differences"]["measures"]
+    assert differences["reliability"]["change"] == "gain"
+    assert differences["reliability"]["value"] == pytest.approx(100 - differences["reliability"]["base"])
+    assert differences["drift"]["value"] == pytest.approx(evaluation["capability"]["drift"])
+    assert "less the base model, item by item" in capsys.readouterr().out
 
     reports = [option for suffix in ("html", "json", "md") for option in ("--report", f"report.{suffix}")]
     capsys.readouterr()
@@ -62,6 +67,8 @@ def test_edit_evaluate_ask_and_rerun(work, capsys):
     assert data["verdict"]["sentence"] in capsys.readouterr().out.replace("\n", " ")
     assert data["verdict"]["held"] == {"after": 3, "before": 0, "judged": 3, "count": 3}
     assert data["run"]["same_edits"]
+    reported = {m["name"]: m["difference"] for m in data["measures"]}
+    assert all(reported[name].items() <= found.items() for name, found in differences.items())
     assert [m["layer"] for m in data["curvature"]["matrices"]] == record["settings"]["layers"]
     assert "## Curvature" in (work / "report.md").read_text()
     page = (work / "report.html").read_text()
@@ -87,6 +94,10 @@ def test_evaluate_by_one_protocol_or_all(work, capsys, monkeypatch):
         assert ("teacher-forced" in said) == ("agreement with the base" in said) == (protocol != "wild")
         assert "efficacy" not in said  # these edits are not CounterFact's
     wild, forced, both = found.values()
+    apart = {name: one.pop("differences")["measures"] for name, one in found.items()}
+    assert apart["all"] == apart["wild"] | apart["teacher-forced"]
+    assert apart["teacher-forced"]["teacher_forced.agreement"]["model"] == 100
+    assert "reliability" not in apart["teacher-forced"]
     assert both == wild | {name: forced[name] for name in ("teacher_forced", "teacher_forced_details")}
     assert wild["teacher_forced"] is forced["no_context"] is forced["qa_context"] is None
     assert both["teacher_forced"]["locality"] == both["no_context"]["locality"] == 100  # it knows what 2 plus 1 is

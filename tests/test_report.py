@@ -14,6 +14,7 @@ from statistics import mean
 import pytest
 
 from crispedit.evaluation import evaluate, measure_both
+from crispedit.paired import measure_rows
 from crispedit.report import report_data
 from crispedit.report_html import TEMPLATE, html
 from crispedit.report_markdown import escaped, markdown
@@ -32,16 +33,20 @@ RECORD = {
 }
 
 
+def report_of(found):
+    return report_data(found, rows=measure_rows(found, resamples=300))
+
+
 @pytest.fixture(scope="module")
 def report():
-    return report_data(evaluated(record=RECORD), resamples=300)
+    return report_of(evaluated(record=RECORD))
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Of a model without a base."""
     after = replace(evaluated().after, has_base=False)
-    return report_data(evaluated(base=None, before=None, after=after), resamples=300)
+    return report_of(evaluated(base=None, before=None, after=after))
 
 
 def row(report, name):
@@ -72,7 +77,7 @@ def test_measures_are_the_means_of_what_was_right(report):
 def test_answers_without_a_verdict_are_left_out_of_both_models():
     """The first edit is judged for the base only: it is no item of the difference, and is said to be missing."""
     after = evaluation(AFTER, [None, *RIGHT[1:]], hits=[1] * 4, drift=[0.0, 0.0])
-    report = report_data(evaluated(after=after), resamples=300)
+    report = report_of(evaluated(after=after))
     assert row(report, "reliability")["items"] == 2
     assert row(report, "reliability")["after"] == 50
     assert report["verdict"]["held"] == {"after": 1, "before": 0, "judged": 2, "count": 3}
@@ -82,7 +87,7 @@ def test_answers_without_a_verdict_are_left_out_of_both_models():
 
 def test_a_report_without_a_single_verdict_says_so():
     after = evaluation(AFTER, [None] * len(RIGHT), hits=[1] * 4, drift=[0.0, 0.0])
-    report = report_data(evaluated(after=after), resamples=300)
+    report = report_of(evaluated(after=after))
     assert report["verdict"]["sentence"].startswith("No answer was judged;")
     assert not {"reliability", "success"} & {m["name"] for m in report["measures"]}
 

@@ -50,6 +50,16 @@ CASES = {
         "All 200 edits hold (1 did before); unrelated answers gain 2.0 points (1.0 to 3.0), and abilities gain 1.00 "
         "points (0.50 to 1.50).",
     ),
+    "too few to show anything": (
+        held(1, 1),
+        {
+            "reliability": measure(100.0, (2.5, 100.0)),
+            "locality": measure(100.0, found=difference(0.0, -97.5, 0.0, 784.9)),
+            "loss": measure(0.81, found=difference(0.0, -0.1, 0.1, 101.0)),
+        },
+        "The one edit holds (too few to say more than 2 to 100 %); no loss of unrelated answers is found (too few to "
+        "show any), and no rise of the loss on other texts is found (could have shown ≥ 101.0000 nats per token).",
+    ),
     "texts alone, the loss rises": (
         held(0, 200),
         {"reliability": measure(0.0, (0.0, 1.8)), "loss": measure(0.81, found=difference(0.0048, 0.0009, 0.0092))},

@@ -1,7 +1,7 @@
 """What a person sees: progress on stderr, tables on stdout. Only the command line imports this."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,27 @@ def print_evaluations(title: str, columns: dict[str, dict[str, Any]]) -> None:
         rows.append(["answers not judged", *(f"{about['unjudged']:,}" for about in judged)])
         rows.append(["agreement with exact match, %", *(percent(about["agreement_with_exact"]) for about in judged)])
     print_table(title, ["", *columns], rows)
+
+
+def print_differences(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Differences to the base model (:func:`crispedit.paired.measure_rows`), and what their intervals say."""
+    from .paired import SMALL, could_have_shown, rounded, small_loss
+    from .statistics import LEVEL
+
+    shown = [row for row in rows if row["difference"] is not None]
+    cells = []
+    for row in shown:
+        value, low, high = (rounded(row["difference"][name], row["digits"], "+") for name in ("value", "low", "high"))
+        title = f"{row['title']}, {row['unit'].replace('%', 'points')}"
+        cells.append([title, value, f"[{low}, {high}]", could_have_shown(row)])
+    print_table(
+        "less the base model, item by item",
+        ["", "difference", f"{100 * LEVEL:g} % interval", "could have shown"],
+        cells,
+    )
+    small = [row["title"] for row in shown if small_loss(row)]
+    if small:
+        out.print(f"a loss, if any, below {SMALL:g} point by these intervals: {'; '.join(small)}", soft_wrap=True)
 
 
 def print_judged(about: dict[str, Any]) -> None:

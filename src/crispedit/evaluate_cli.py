@@ -90,6 +90,7 @@ def evaluate(
     from .jobs import evaluate_job, evaluate_live_job
     from .live import LiveModel
     from .llm_judge import make_judge
+    from .paired import differences_record, measure_rows
 
     harness = HarnessJob.of(tasks, limit=task_limit, batch_size=task_batch_size, include_path=include_path)
     with bars() as progress:
@@ -107,18 +108,22 @@ def evaluate(
             found = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, harness=harness, **shared)
         else:
             found = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
-    from .console import print_evaluations, print_judged, print_tasks
+        rows = measure_rows(found, progress=progress) if found.before is not None or report else []
+    from .console import print_differences, print_evaluations, print_judged, print_tasks
 
     result = found.summary()
     judged = "" if result["no_context"] is None else f", judge: {decide.name}"
     print_evaluations(f"{model} on {edits}{judged}", {"model": result})
+    if found.before is not None:
+        result["differences"] = differences_record(rows)
+        print_differences(rows)
     if result["judge"] is not None:
         print_judged(result["judge"])
     if "harness" in result:
         print_tasks(result["harness"])
     write_json_file(json, result)
     if report:
-        _write_reports(report, found, curvature)
+        _write_reports(report, found, rows, curvature)
 
 
 def _check_endpoint(endpoint: str | None, options: dict[str, Any], texts: Path | None, chat: str) -> None:
@@ -153,7 +158,7 @@ def _check_reports(paths: list[Path], curvature: Path | None) -> None:
         check_writable(path.parent, overwrite=True)
 
 
-def _write_reports(paths: list[Path], found: "Evaluated", curvature: Path | None) -> None:
+def _write_reports(paths: list[Path], found: "Evaluated", rows: list[dict[str, Any]], curvature: Path | None) -> None:
     from .artifacts import write_json, write_text
     from .console import out as stdout
     from .report import report_data
@@ -162,7 +167,7 @@ def _write_reports(paths: list[Path], found: "Evaluated", curvature: Path | None
     from .report_markdown import markdown
 
     with bars() as progress:
-        data = report_data(found, curvature=find_curvature(found.record, curvature), progress=progress)
+        data = report_data(found, rows=rows, curvature=find_curvature(found.record, curvature), progress=progress)
     for path in paths:
         suffix = path.suffix.lower()
         if suffix == ".json":

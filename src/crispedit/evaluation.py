@@ -67,13 +67,16 @@ class Evaluation:
             count: How many edits there are.
 
         Returns:
-            ``edits``: by context and kind, a list over all edits (``None`` where there is no score); ``tasks``, by
-            name; ``texts``, the sums of each, or ``None``.
+            ``edits``: by context, or ``teacher_forced``, and kind, a list over all edits (``None`` where there is no
+            score); ``tasks``, by name; ``texts``, the sums of each, or ``None``.
         """
+        scores = dict(self.edits)
+        if self.forced is not None:
+            scores["teacher_forced"] = {**self.forced.items, **self.forced.beside}
         return {
             "edits": {
                 context: {kind: [of_kind.get(edit) for edit in range(count)] for kind, of_kind in items.items()}
-                for context, items in self.edits.items()
+                for context, items in scores.items()
             },
             "tasks": {name: asdict(items) for name, items in (self.tasks or {}).items()},
             "texts": {name: values.tolist() for name, values in vars(self.texts).items()} if self.texts else None,

@@ -8,53 +8,46 @@ The dictionary is documented in docs/evaluation.md; :data:`FORMAT` counts its ve
 their last name: a report is passed on.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
-
-import torch
 
 from . import __version__
 from .curvature import Curvature
 from .description import ENERGY
 from .jobs import Evaluated
 from .judge import Verdict
+from .paired import measure_rows
 from .progress import Progress, no_progress
 from .report_curvature import curvature_data, last_name
 from .report_definitions import definitions
 from .report_verdict import Held, caveats, sentence
-from .statistics import LEVEL, POWER, RESAMPLES, Measure, Stratum, differences
-from .tradeoff import LOWER_IS_BETTER, change, measures
+from .statistics import LEVEL, POWER, RESAMPLES
 from .wild import Question, questions
 
 FORMAT = 1
-GAINED = ("success", "reliability", "generalization")
-"""Measures that an edit is made for; all others are what it must leave as it is."""
-_TITLES = {"success": "edit success", "loss": "loss on other texts", "drift": "drift on other texts"}
-_CONTEXTS = {"qa_context": "QA context", "no_context": "no context", "teacher_forced": "teacher-forced"}
 
 
 def report_data(
     found: Evaluated,
     *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     curvature: Curvature | None = None,
-    resamples: int = RESAMPLES,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Everything that a report says.
 
     Args:
         found: What was measured.
+        rows: Its measures (:func:`crispedit.paired.measure_rows`), where they are known already.
         curvature: That of the edit, to be drawn.
-        resamples: Of the bootstrap.
         progress: Called during longer steps.
 
     Returns:
         The report; see docs/evaluation.md. Numbers that are not finite are ``None``.
     """
-    rows = _measures(found, resamples, progress)
+    rows = measure_rows(found, progress=progress) if rows is None else rows
     by_name = {row["name"]: row for row in rows}
     held, run, has_base = _held(found), _run(found), found.before is not None
     base = last_name(found.base) if found.base is not None else None
@@ -65,7 +58,7 @@ def report_data(
         "model": last_name(found.model),
         "base": base,
         "protocol": {"judge": found.judge, "chat": found.chat, "stop_at_period": found.stop_at_period},
-        "statistics": {"level": LEVEL, "power": POWER, "resamples": resamples},
+        "statistics": {"level": LEVEL, "power": POWER, "resamples": RESAMPLES},
         "edit_set": {
             "source": last_name(found.edits.source),
             "schema": found.edits.schema,
@@ -78,89 +71,18 @@ def report_data(
             "caveats": caveats(held, by_name, base=base, unjudged=_unjudged(found), run=run),
             "held": asdict(held),
         },
-        "measures": rows,
+        "measures": list(rows),
         "edits": _edits(found),
         "run": run,
         "curvature": curvature_data(curvature, _energy(found), progress=progress) if curvature is not None else None,
-        "definitions": definitions(by_name, judge=found.judge, stop_at_period=found.stop_at_period, has_base=has_base),
+        "definitions": definitions(
+            by_name,
+            judge=found.judge,
+            stop_at_period=found.stop_at_period,
+            has_base=has_base,
+            forced=found.after.forced.locality if found.after.forced is not None else None,
+        ),
     }
-
-
-def _measures(found: Evaluated, resamples: int, progress: Progress) -> list[dict[str, Any]]:
-    """All that was measured, of both models, with intervals; on the items of which both have a score."""
-    count = len(found.edits)
-    after = found.after.items(count)
-    before = found.before.items(count) if found.before is not None else None
-    if before is not None:
-        _keep_common(after, before)
-    mine = {name: measure for name, measure in measures(after).items() if _counted(measure)}
-    its = measures(before) if before is not None else {}
-    if before is None:
-        mine.pop("drift", None)  # nothing to have drifted from
-    rows = []
-    for number, (name, measure) in enumerate(sorted(mine.items(), key=lambda item: _rank(item[0]))):
-        alone = differences([_nothing(measure), measure], 0, resamples=resamples)[1]
-        paired = differences([its[name], measure], 0, resamples=resamples)[1] if name in its else None
-        rows.append(
-            {
-                "name": name,
-                "title": _title(name),
-                "group": "success" if _kind(name) in GAINED else "damage",
-                "unit": "%" if measure.span is not None else "nats/token",
-                "digits": 4 if measure.span is None else 2 if name == "abilities" else 1,
-                "lower_is_better": name in LOWER_IS_BETTER,
-                "items": sum(int((stratum.counts.sum(1) > 0).sum()) for stratum in measure.strata),
-                "before": _finite(its[name].value) if name in its else None,
-                "after": _finite(measure.value),
-                "interval": [_finite(alone.low), _finite(alone.high)],
-                "difference": {key: _finite(value) for key, value in asdict(paired).items()} if paired else None,
-                "change": change(name, paired) if paired else None,
-            }
-        )
-        progress("intervals for the report", number + 1, len(mine))
-    return rows
-
-
-def _keep_common(after: dict[str, Any], before: dict[str, Any]) -> None:
-    """Takes out the scores of edits that only one of two models has: paired differences are of the same items."""
-    for context, kinds in after["edits"].items():
-        for kind, scores in kinds.items():
-            its = before["edits"][context][kind]
-            for edit, pair in enumerate(zip(scores, its, strict=True)):
-                if None in pair:
-                    scores[edit] = its[edit] = None
-
-
-def _counted(measure: Measure) -> bool:
-    """Whether anything was counted: of edits that nobody judged, nothing was."""
-    return all(bool((stratum.counts.sum(0) > 0).all()) for stratum in measure.strata)
-
-
-def _nothing(measure: Measure) -> Measure:
-    """The same items with nothing right: what a measure's own interval is a difference to."""
-    return Measure(tuple(Stratum(torch.zeros_like(s.sums), s.counts) for s in measure.strata), measure.span)
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _rank(name: str) -> tuple[bool, bool, int]:
-    """The order of measures: what was gained before what it cost, and of each the sums before their parts."""
-    order = (*GAINED, "locality", "abilities")
-    kind = _kind(name)
-    return kind not in GAINED, kind in LOWER_IS_BETTER, order.index(kind) if kind in order else len(order)
-
-
-def _title(name: str) -> str:
-    """A measure's name in words."""
-    context, _, kind = name.rpartition(".")
-    kind = _TITLES.get(kind, kind.replace("_", " "))
-    return f"{kind}, {_CONTEXTS.get(context, context)}" if context and context != "task" else kind
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _held(found: Evaluated) -> Held:

@@ -6,6 +6,7 @@ from .bundled.abilities import PROBE_ITEMS
 from .bundled.world import QA_CONTEXT
 from .generation import MAX_NEW_TOKENS
 from .statistics import LEVEL, POWER, RESAMPLES
+from .teacher_forced import Definition
 
 JUDGES = {
     "exact": "An answer is right if it equals the target once both are in lower case and without ASCII punctuation, "
@@ -15,7 +16,14 @@ JUDGES = {
 }
 
 
-def definitions(measured: Collection[str], *, judge: str, stop_at_period: bool, has_base: bool) -> list[dict[str, str]]:
+def definitions(
+    measured: Collection[str],
+    *,
+    judge: str,
+    stop_at_period: bool,
+    has_base: bool,
+    forced: Definition | None = None,
+) -> list[dict[str, str]]:
     """The definitions that a report needs.
 
     Args:
@@ -23,6 +31,7 @@ def definitions(measured: Collection[str], *, judge: str, stop_at_period: bool, 
         judge: Who decided what is right.
         stop_at_period: Whether answers were cut at the first period too.
         has_base: Whether there is a base to compare with.
+        forced: What teacher-forced locality is, where there are teacher-forced scores.
 
     Returns:
         ``term`` and ``text`` of each, in the order in which they are read; of the context, also its ``exact`` wording.
@@ -44,6 +53,8 @@ def definitions(measured: Collection[str], *, judge: str, stop_at_period: bool, 
          "as the base model answers. Prompts of one edit count together as one."),
         ("Edit success", "The mean of reliability and generalization, without context."),
     ]  # fmt: skip
+    if forced is not None:
+        found += _teacher_forced(measured, forced)
     if "abilities" in measured:
         bundled = f" Of the bundled world's, {PROBE_ITEMS} items each, four are answered freely and must be exactly "
         bundled += "right; prose is the share of next tokens that are the model's first choice."
@@ -68,3 +79,29 @@ def definitions(measured: Collection[str], *, judge: str, stop_at_period: bool, 
     return [
         {"term": term, "text": text, **({"exact": QA_CONTEXT} if term == "QA context" else {})} for term, text in found
     ]
+
+
+def _teacher_forced(measured: Collection[str], locality: Definition) -> list[tuple[str, str]]:
+    """What the scores with everything before a token given are: not those of answers."""
+    of_locality = {
+        "token accuracy": "Locality is the same of the edit set's own answer after unrelated prompts.",
+        "likelihood": "Locality is the share of unrelated prompts whose answer the model finds likelier than the "
+        "new target.",
+    }[locality]
+    found = [
+        ("Teacher-forced", "At every token of the right answer, what the model would say next if all tokens before had "
+         "been said right. The model need not arrive at the answer by itself, nor stop after it, so these scores are "
+         "as a rule higher than those of answers, and say nothing of those. Reliability and generalization "
+         f"are the share of the target's tokens that are the model's first choice. {of_locality}"),
+    ]  # fmt: skip
+    if "teacher_forced.agreement" in measured:
+        found.append(
+            ("Agreement", "The share of the tokens of those answers at which the first choices of model and base are "
+             "the same, right or wrong.")
+        )  # fmt: skip
+    if "teacher_forced.efficacy" in measured:
+        found.append(
+            ("Efficacy", "The share of edit prompts after which the new target is likelier, per token, than the old "
+             "one; paraphrase efficacy is the same of rephrased prompts.")
+        )  # fmt: skip
+    return found

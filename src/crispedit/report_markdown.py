@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .paired import could_have_shown, rounded
+
 CONTEXTS = {"no_context": "no context", "qa_context": "QA context"}
 _MARKS = {True: "right", False: "**wrong**", None: "–"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#~|$])")
@@ -60,14 +62,14 @@ def _measures(report: Mapping[str, Any]) -> list[str]:
     rows = []
     for found in report["measures"]:
         digits, paired = found["digits"], found["difference"]
-        after = f"{_number(found['after'], digits)} [{_interval(found['interval'], digits)}]"
+        after = f"{rounded(found['after'], digits)} [{_interval(found['interval'], digits)}]"
         difference = could = "–"
         if paired is not None:
             ends = _interval((paired["low"], paired["high"]), digits, "+")
-            difference = f"{_number(paired['value'], digits, '+')} [{ends}]"
-            could = f"≥ {_number(paired['detectable'], digits)}" if found["change"] == "none" else ""
+            difference = f"{rounded(paired['value'], digits, '+')} [{ends}]"
+            could = could_have_shown(found)
         title = f"{found['title']}, {found['unit']}"
-        rows.append([title, _number(found["before"], digits), after, difference, could, f"{found['items']:,}"])
+        rows.append([title, rounded(found["before"], digits), after, difference, could, f"{found['items']:,}"])
     header = ["", "before", "after", "difference", "none found; could have shown", "items"]
     level = f"{100 * report['statistics']['level']:g} %"
     return [*_table(header, rows), "", f"Intervals: {level}; differences are paired, item by item."]
@@ -78,12 +80,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
-def _number(value: float | None, digits: int, sign: str = "") -> str:
-    return "–" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: there is no −0.0
-
-
 def _interval(ends: Sequence[float | None], digits: int, sign: str = "") -> str:
-    return ", ".join(_number(end, digits, sign) for end in ends)
+    return ", ".join(rounded(end, digits, sign) for end in ends)
 
 
 def _edits(report: Mapping[str, Any]) -> list[str]:

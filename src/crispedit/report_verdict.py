@@ -85,7 +85,7 @@ def _stay(measures: Mapping[str, Mapping[str, Any]]) -> str:
     difference = Difference(**found["difference"])
     verb = {"loss": "lose", "gain": "gain"}.get(change("locality", difference))
     if verb is None:
-        return f"no loss of unrelated answers is found ({_could(difference, 1)} points)"
+        return f"no loss of unrelated answers is found ({_could(difference, 1, 'points')})"
     return f"unrelated answers {verb} {abs(difference.value):.1f} points ({_between(difference, 1)})"
 
 
@@ -96,23 +96,25 @@ def _kept(measures: Mapping[str, Mapping[str, Any]], has_base: bool) -> str:
         difference = Difference(**measures["abilities"]["difference"])
         verb = {"loss": "lose", "gain": "gain"}.get(change("abilities", difference))
         if verb is None:
-            return f"no loss of abilities is found ({_could(difference, 2)} points)"
+            return f"no loss of abilities is found ({_could(difference, 2, 'points')})"
         return f"abilities {verb} {abs(difference.value):.2f} points ({_between(difference, 2)})"
     if "loss" in measures:
         difference = Difference(**measures["loss"]["difference"])
         verb = {"loss": "rises", "gain": "falls"}.get(change("loss", difference))
         if verb is None:
-            return f"no rise of the loss on other texts is found ({_could(difference, 4)} nats per token)"
+            return f"no rise of the loss on other texts is found ({_could(difference, 4, 'nats per token')})"
         amount = f"{abs(difference.value):.4f} nats per token ({_between(difference, 4)})"
         return f"the loss on other texts {verb} by {amount}"
     return "what the edit did to other texts was not measured"
 
 
-def _could(difference: Difference, digits: int) -> str:
+def _could(difference: Difference, digits: int, unit: str) -> str:
     """What could have been shown; rounded up, so that no more is claimed than there is."""
+    if unit == "points" and difference.detectable > 100:
+        return "too few to show any"
     step = 10.0**-digits
     shown = round(difference.detectable, digits)
-    return f"could have shown ≥ {shown if shown >= difference.detectable - 1e-12 else shown + step:.{digits}f}"
+    return f"could have shown ≥ {shown if shown >= difference.detectable - 1e-12 else shown + step:.{digits}f} {unit}"
 
 
 def _between(difference: Difference, digits: int) -> str:

@@ -13,7 +13,6 @@ from . import __version__
 from .statistics import LEVEL, POWER, RESAMPLES, Difference, Measure, Stratum, differences
 
 BASE, PLAIN = "base", "ft"
-CONTEXTS = ("no_context", "qa_context")
 KINDS = ("reliability", "generalization", "locality")
 LOWER_IS_BETTER = ("drift", "loss")
 ON_FRONT = "◆"
@@ -68,21 +67,23 @@ def measures(items: Mapping[str, Any]) -> dict[str, Measure]:
         items: Of a row's record: ``edits``, ``tasks`` and ``texts``.
 
     Returns:
-        By name: ``success``, the three scores of both contexts (``reliability``, ``qa_context.reliability``, …),
-        ``abilities`` and every task, ``drift`` and ``loss``; what was not measured is missing.
+        By name: ``success``, the scores of both contexts (``reliability``, ``qa_context.reliability``, …) and the
+        teacher-forced ones (``teacher_forced.reliability``, ``teacher_forced.agreement``, …), ``abilities`` and every
+        task, ``drift`` and ``loss``; what was not measured is missing.
     """
     found: dict[str, Measure] = {}
-    for context in CONTEXTS:
-        for kind in KINDS:
-            values = [value for value in items["edits"][context][kind] if value is not None]
+    for context, kinds in items["edits"].items():
+        for kind, scores in kinds.items():
+            values = [value for value in scores if value is not None]
             if values:
                 name = kind if context == "no_context" else f"{context}.{kind}"
                 found[name] = Measure((Stratum.of([100 * value for value in values]),), span=100)
-    asked = items["edits"]["no_context"]
-    success = _of_edits(asked["reliability"])
-    if "generalization" in found:
-        success = success.beside(_of_edits(asked["generalization"]))
-    found["success"] = Measure((success,), span=100)
+    if "no_context" in items["edits"]:
+        asked = items["edits"]["no_context"]
+        success = _of_edits(asked["reliability"])
+        if "generalization" in found:
+            success = success.beside(_of_edits(asked["generalization"]))
+        found["success"] = Measure((success,), span=100)
     tasks = {
         name: Stratum.of([100 * hits for hits in task["hits"]], task["counts"]) for name, task in items["tasks"].items()
     }
