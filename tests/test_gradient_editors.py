@@ -86,7 +86,9 @@ def test_a_rate_that_is_to_be_found_is_found_in_the_first_round(bundled):
     result = edit(bundled.model, bundled.tokenizer, ROWS, editor="ft-seq", round_size=2, epochs=8, layers=LAYERS)
     training = result.metrics["training"]
     assert len(result.metrics["rounds"]) == 3
-    assert len(training["trials"]) <= 4  # those of one round
+    tried = [trial["learning_rate"] for trial in training["trials"]]
+    assert tried[0] == pytest.approx(0.5 / 576)  # a quarter of where a batch begins, over d_in
+    assert len(set(tried)) == len(tried)  # every rate once: those of one round
 
 
 def test_without_end_of_sequence_nothing_ends_a_target(bundled):

@@ -9,6 +9,7 @@ import crispedit
 from crispedit import cli
 from crispedit.checkpoint import RECORD
 from crispedit.models import fingerprint, load_model
+from crispedit.paired import measure_rows
 from crispedit.report import report_data
 from crispedit.report_curvature import find_curvature
 from crispedit.report_markdown import markdown
@@ -85,7 +86,8 @@ def test_a_patched_model_says_what_was_put_on_what(work, capsys):
         assert cli._run(["edit", "--rerun", place, "--out", "again"]) == 2
         said = capsys.readouterr().err
         assert said == f"crispedit: '{place}' was made by 'crispedit patch apply': there is no edit to repeat\n"
-    report = report_data(evaluated(record=put, model="new", base="one"), curvature=find_curvature(put), resamples=300)
+    found = evaluated(record=put, model="new", base="one")
+    report = report_data(found, rows=measure_rows(found, resamples=300), curvature=find_curvature(put))
     assert report["run"] is None
     assert "How the model was edited" not in markdown(report)
 
