@@ -57,7 +57,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name, the editor and its settings."""
 COMPARED = ("crispedit-seq", "without history", "ft-seq", "alphaedit")
-ABILITIES = ("arithmetic", "instructions", "multiple_choice", "true_false", "prose")
 RATE, EPOCHS = 2e-3, 25
 """Of the timing."""
 
