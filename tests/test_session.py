@@ -7,8 +7,8 @@ import torch
 
 from builders import long_texts
 from crispedit.curvature import Curvature
-from crispedit.edits import edits_from_rows
 from crispedit.editors._gradient import ROUNDS_START
+from crispedit.edits import edits_from_rows
 from crispedit.errors import ArtifactError, ConfigError, EditFailed, ModelError
 from crispedit.evaluation import evaluate
 from crispedit.models import edit_matrices, fingerprint, load_model

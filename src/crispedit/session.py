@@ -269,7 +269,7 @@ class Session:
                 "settings": result.settings,
                 "metrics": result.metrics,
                 "drift": self.drift(loaded, matrices, base, self.curvature(0), progress),
-                "past": self._past(loaded, {**self._at_hand(given), number: edits}, progress),
+                "past": self._past(loaded, progress, given=given, newest=edits),
             }
             path = self.store.head_path()
             joined.write(path)
@@ -329,23 +329,30 @@ class Session:
         predicted = curvature.predicted_drift(known) if len(known) == len(changed) else None
         return {**asdict(found), "predicted": predicted}
 
-    def _past(self, loaded: LoadedModel, sets: Mapping[int, EditSet], progress: Progress) -> dict[str, dict[str, Any]]:
-        """By round, what a model says of its edits; some :data:`ASKED` questions in all.
+    def _past(
+        self,
+        loaded: LoadedModel,
+        progress: Progress,
+        *,
+        number: int | None = None,
+        given: Sequence[EditSet] = (),
+        newest: EditSet | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """By round up to one, what a model says of its edits; some :data:`ASKED` questions in all.
 
         Of more rounds than that leaves an edit for each, some are asked about: the newest, and others spread over all.
         """
+        hashes = {edits.sha256 for edits in given}
+        at_hand = [r for r in self.rounds[:number] if r["kept"] or r["edits"]["sha256"] in hashes]
         most = ASKED // KINDS
-        if len(sets) > most:
-            *earlier, newest = sets.items()
-            sets = dict([*spread(earlier, most - 1), newest])
-        share = most // max(1, len(sets))
-        return {
-            str(number): {"asked_edits": len(some), **score(asked, [answer.text for answer in answers])}
-            for number, some, asked, answers in (
-                (number, some, *self._ask(loaded, some, progress))
-                for number, some in ((number, spread(tuple(of_round), share)) for number, of_round in sets.items())
-            )
-        }
+        sets = [(r["number"], self.edits_of(r, given)) for r in spread(at_hand, most - (newest is not None))]
+        sets += [] if newest is None else [(len(self.rounds) + 1, newest)]
+        found = {}
+        for of_round, edits in sets:
+            some = spread(tuple(edits or ()), most // len(sets))
+            asked, answers = self._ask(loaded, some, progress)
+            found[str(of_round)] = {"asked_edits": len(some), **score(asked, [answer.text for answer in answers])}
+        return found
 
     def _ask(
         self, loaded: LoadedModel, edits: Sequence[Edit], progress: Progress
@@ -356,11 +363,6 @@ class Session:
         asked = questions(edits)
         with frozen(loaded.model):
             return asked, ask(loaded.model, prompter, asked, "no_context", progress=progress)
-
-    def _at_hand(self, given: Sequence[EditSet] = (), number: int | None = None) -> dict[int, EditSet]:
-        """By round up to one, in order, the edits that are kept or given again."""
-        found = ((record["number"], self.edits_of(record, given)) for record in self.rounds[:number])
-        return {of_round: edits for of_round, edits in found if edits is not None}
 
     def check_given(self, given: Sequence[EditSet], number: int | None = None) -> None:
         """Raises :class:`ConfigError` for edits that are of none of the rounds up to one."""
@@ -529,7 +531,7 @@ class Session:
 
         def measured() -> dict[str, Any]:
             return {
-                "past": self._past(loaded, self._at_hand(number=number), progress),
+                "past": self._past(loaded, progress, number=number),
                 "drift": self.drift(loaded, matrices, before, curvature, progress),
             }
 
