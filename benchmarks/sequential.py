@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "without history": ("crispedit-seq", {"history_weight": 0}),
     "ft-seq": ("ft-seq", {}),
     "alphaedit": ("alphaedit", {}),
+    "one batch": ("crispedit", {}),  # of all edits: what the model has room for
     # variants
     "token count": ("crispedit-seq", {"history_weight": 1}),
     "weight 10": ("crispedit-seq", {"history_weight": 10}),
@@ -89,6 +90,7 @@ class Bench:
         """All rounds by one method, measured three times on the way."""
         editor, settings = METHODS[method]
         loaded, rounds, size = load_model(self.args.model), self.args.rounds, self.args.size
+        in_rounds = {} if editor == "crispedit" else {"round_size": size}
         marks = sorted({max(1, rounds * third // 3) for third in (1, 2, 3)})
         found: dict[str, Any] = {}
 
@@ -106,10 +108,9 @@ class Bench:
                 curvature=self.curvature(seed),
                 texts=self.texts,
                 seed=seed,
-                round_size=size,
                 after_round=after_round,
                 progress=progress,
-                **settings,
+                **{**settings, **in_rounds},
             )
         metrics = result.metrics
         return {
