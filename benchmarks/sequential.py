@@ -50,6 +50,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "refreshed at 25 %": ("crispedit-seq", {"refresh": 0.25}),
     "mix": ("crispedit-seq", {"history": "mix"}),
     "γ 0.97": ("crispedit-seq", {"energy": 0.97}),
+    "γ 0.99": ("crispedit-seq", {"energy": 0.99}),
+    "without history, γ 0.97": ("crispedit-seq", {"energy": 0.97, "history_weight": 0}),
     "lr 3.5e-3": ("crispedit-seq", {"lr": 3.5e-3}),
     "lr 3.5e-3, token count": ("crispedit-seq", {"lr": 3.5e-3, "history_weight": 1}),
     "published rule, one Adam": ("crispedit-seq", {"update": "projected-gradient", "optimizer": "kept"}),
