@@ -37,6 +37,7 @@ from .proof import (
     MatrixChange,
     check_edited,
     drift_from,
+    drift_meter,
     examples,
     matrix_changes,
     spread,
@@ -293,6 +294,8 @@ def _edit_and_prove(
         before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):
             loss_before = loss()
+            if held_out:
+                problem.drift = drift_meter(originals, model, matrices, held_out)
             rounds, seconds = _run(module.edit(problem, config), after_round)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()

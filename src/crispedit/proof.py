@@ -3,7 +3,7 @@
 An edit that did nothing, or went wrong, is an error with a diagnosis, and not a model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from .training import STOP_LOSS
 from .wild import Question
 
 Item = TypeVar("Item")
+KEPT = 2**29
+"""Bytes of logits of the base model that are kept at the most, to measure drift again."""
 PROOF_EDITS = 64
 """Before and after are shown on at most so many edits, evenly spread over the edit set."""
 
@@ -100,6 +102,39 @@ def drift_from(
     """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
     base = logits_with(model, matrices, originals)
     return measure_drift(base, logits_of(model), batches, progress=progress)
+
+
+def drift_meter(
+    originals: Mapping[str, Tensor], model: Any, matrices: Sequence[EditMatrix], batches: Sequence[TokenBatch]
+) -> Callable[[], tuple[float, float]]:
+    """Measures the model as it is, again and again: drift from its original matrices, and the loss with these.
+
+    What the base model says is kept from the first time where it takes little memory, and computed anew where not.
+
+    Args:
+        originals: The matrices before, by name.
+        model: The model.
+        matrices: Those that may have changed.
+        batches: Held-out texts.
+
+    Returns:
+        What measures: nats per token each.
+    """
+    base, kept = logits_with(model, matrices, originals), dict[int, Tensor]()
+
+    def remembered(batch: TokenBatch) -> Tensor:
+        logits = kept.get(id(batch))
+        if logits is None:
+            logits = base(batch)
+            if sum(one.nbytes for one in kept.values()) + logits.nbytes <= KEPT:
+                kept[id(batch)] = logits
+        return logits
+
+    def measured() -> tuple[float, float]:
+        found = measure_drift(remembered, logits_of(model), batches)
+        return found.drift, found.loss_base
+
+    return measured
 
 
 def logits_with(model: Any, matrices: Sequence[EditMatrix], weights: Mapping[str, Tensor]) -> Logits:

@@ -202,6 +202,9 @@ class Trainee(Protocol):
     def reset(self) -> None:
         """Goes back to where it was in the beginning, the model's weights aside."""
 
+    def after_epoch(self, low: bool) -> bool:
+        """Called after every epoch with whether its loss was low enough; whether the run is over."""
+
     def penalty(self) -> Tensor | float:
         """What is added to the edit loss; losses are reported without it."""
 
@@ -240,6 +243,10 @@ class RuledMatrices:
         """The rules' parameters as they were."""
         for parameter, start in zip(self.parameters, self._starts, strict=True):
             parameter.copy_(start)
+
+    def after_epoch(self, low: bool) -> bool:
+        """Once the loss is low."""
+        return low
 
     def penalty(self) -> float:
         """None."""
@@ -314,7 +321,7 @@ class _Run:
                 self.optimizer.param_groups[0]["lr"] = self.rate
             self.trace.rates.append(self.rate)
             losses.append(self._epoch(label, of))
-            self.trace.stopped_early = losses[-1] < self.loop.stop_loss
+            self.trace.stopped_early = self.loop.trainee.after_epoch(losses[-1] < self.loop.stop_loss)
         return self.trace
 
     def _epoch(self, label: str, of: int) -> float:

@@ -147,6 +147,95 @@ class LeadingCoordinates:
         raise ConfigError("optimizer kept does not go with update leading; use fresh, or update coordinates")
 
 
+class PricedRule(UpdateRule, Protocol):
+    """A rule that leaves nothing out, and puts a price on curvature instead; see :mod:`crispedit.budget`."""
+
+    curvatures: Tensor
+    """λ by coordinate, in the shape of :attr:`parameter`, not negative."""
+
+    def take(self, price: float) -> None:
+        """Z ← Z / (1 + s λ): the proximal step on s/2 Σ λ Z²."""
+
+    def predicted(self) -> float:
+        """½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
+
+
+class _Priced:
+    """What priced rules do with their coordinates, whatever these are of."""
+
+    parameter: Tensor
+    curvatures: Tensor
+
+    def take(self, price: float) -> None:
+        """Z ← Z / (1 + s λ)."""
+        if price > 0:
+            self.parameter.div_((self.curvatures * price).add_(1))
+
+    def predicted(self) -> float:
+        """½ Σ λ Z²."""
+        return 0.5 * float((self.curvatures * self.parameter.square()).sum(dtype=torch.float64))
+
+
+class PricedCoordinates(_Priced):
+    """W = W₀ + U_G Z U_Aᵀ, Adam on Z, which a price on curvature pulls back.
+
+    Args:
+        spectrum: Of the matrix, complete.
+    """
+
+    frame: Frame | None = None
+
+    def __init__(self, spectrum: Spectrum) -> None:
+        self.spectrum = spectrum
+        self.curvatures = torch.outer(spectrum.beta, spectrum.alpha).float().clamp(min=0)
+        self.curvatures = self.curvatures.to(spectrum.input_basis.device)
+        self.parameter = torch.zeros_like(self.curvatures)
+
+    def gradient(self, weight_gradient: Tensor) -> Tensor:
+        """U_Gᵀ ∇W U_A."""
+        return self.spectrum.output_basis.T @ weight_gradient @ self.spectrum.input_basis
+
+    def delta(self) -> Tensor:
+        """U_G Z U_Aᵀ."""
+        return self.spectrum.output_basis @ self.parameter @ self.spectrum.input_basis.T
+
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Turned into this basis."""
+        return _turned(before.spectrum, self.spectrum, mean, square)
+
+
+class PricedLeading(_Priced, LeadingCoordinates):
+    """The same in the bases of :class:`LeadingCoordinates`; what is not known of a spectrum is taken for flat.
+
+    Args:
+        subspace: A cross; how many directions it takes says how many are turned.
+        rotation: What the bases may cost: see :func:`leading_counts`.
+    """
+
+    def __init__(self, subspace: Subspace, rotation: float = ROTATION) -> None:
+        super().__init__(subspace, rotation)
+        spectrum = subspace.spectrum
+        sides = ((spectrum.beta, spectrum.traces[1]), (spectrum.alpha, spectrum.traces[0]))
+        outputs, inputs = (
+            _with_mean(values, trace, count, width)
+            for (values, trace), count, width in zip(
+                sides, leading_counts(subspace, rotation), subspace.shape, strict=True
+            )
+        )
+        self.curvatures = torch.outer(outputs, inputs).float().to(self.parameter.device)
+
+    def gradient(self, weight_gradient: Tensor) -> Tensor:
+        """∇W', W' being W in the bases: nothing is left out."""
+        return weight_gradient
+
+
+def _with_mean(values: Tensor, trace: float, count: int, width: int) -> Tensor:
+    """(width,): the first ``count`` eigenvalues, and for the other directions the mean of what is left of the trace."""
+    known = values[:count].clamp(min=0)
+    left = max(0.0, trace - float(known.sum())) / max(1, width - len(known))
+    return torch.cat([known, known.new_full((width - len(known),), left)])
+
+
 def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int, int]:
     """How many leading eigenvectors of G and of A the bases of ``leading`` begin with.
 

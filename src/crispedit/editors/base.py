@@ -6,7 +6,7 @@ It yields after every round of edits. The driver (:mod:`crispedit.editing`) owns
 original weights, float32 masters, the proof, saving. See CONTRIBUTING.md, "Add an editor".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -122,6 +122,8 @@ class EditProblem:
         curvature: Of the capability loss, where there is one.
         texts: Capability texts, where there are any.
         train_edits: Other edits, for editors that learn how to edit.
+        drift: Measures the model as it is, on held-out texts: drift from the base, and the base's loss, nats per token;
+            ``None`` without such texts.
         seed: For everything drawn at random.
         progress: To be called after every step.
     """
@@ -134,6 +136,7 @@ class EditProblem:
     curvature: Curvature | None
     texts: CapabilityTexts | None = None
     train_edits: Sequence[Edit] = ()
+    drift: Callable[[], tuple[float, float]] | None = None
     seed: int
     progress: Progress
 

@@ -5,25 +5,33 @@
 
 Adam trains the coordinates Z, so that the applied update never leaves the subspace; what is too wide for that goes by
 another rule that does not leave it either. With ``energy`` 0 there is no subspace to keep to, and this is plain
-fine-tuning: Adam on W itself. (CrispEdit, arXiv 2602.15823, Algorithm 1.)
+fine-tuning: Adam on W itself. (CrispEdit, arXiv 2602.15823, Algorithm 1.) With a ``budget`` nothing is left out, and
+every direction has its price, such that measured drift stays within the budget (:mod:`crispedit.budget`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ..budget import Budget, Budgeted
 from ..curvature import Constraint, Curvature
 from ..errors import ConfigError
 from ..models import EditMatrix
+from ..rotation import rotated
 from ..subspace import Subspace
-from ..updates import ROTATION, Update, UpdateRule, update_rule
-from ._gradient import PUBLISHED, RuledConfig, train_rules, unconstrained
+from ..training import rows_per_step
+from ..updates import ROTATION, PricedCoordinates, PricedLeading, PricedRule, Update, UpdateRule, update_rule
+from ._gradient import PUBLISHED, RuledConfig, train_in, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
+BUDGET_LR = 8.0
+"""The learning rate of ``auto`` with a budget, times d_in: the price holds what the rate would wreck."""
 
-class Config(RuledConfig):
-    """Settings of CrispEdit: those of the loop, and of the subspace.
+
+class SubspaceConfig(RuledConfig):
+    """Settings of the loop, and of the subspace.
 
     Args:
         energy: γ, the share of the curvature that the excluded directions hold; 0 is plain fine-tuning.
@@ -57,6 +65,38 @@ class Config(RuledConfig):
         return rules
 
 
+class Config(SubspaceConfig):
+    """Settings of CrispEdit: those of the loop, and of the subspace or the budget.
+
+    Args:
+        budget: The most drift on the held-out texts, in nats per token or as a percentage of the base model's loss on
+            them (``1%``), in place of ``energy``; see :mod:`crispedit.budget`.
+    """
+
+    budget: float | str | None = None
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.budget is not None:
+            Budget.parse(self.budget)
+            if self.model_fields_set & {"energy", "constraint", "update"}:
+                raise ConfigError("budget takes the place of energy, constraint and update: give one or the other")
+        return self
+
+    def subspace(self, curvature: Curvature, name: str) -> Subspace | None:
+        """The low-curvature subspace; none is kept to where every direction has its price."""
+        return super().subspace(curvature, name) if self.budget is None else None
+
+    def priced_rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[PricedRule]:
+        """The rules of matrices whose directions all have their price."""
+        rules: list[PricedRule] = []
+        for matrix in matrices:
+            subspace = curvature.subspace(matrix.name, self.energy).to(matrix.parameter.device)
+            leading = subspace.threshold.cross is not None
+            rules.append(PricedLeading(subspace, self.rotation) if leading else PricedCoordinates(subspace.spectrum))
+        return rules
+
+
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     """Edits in one round.
 
@@ -70,6 +110,9 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     Raises:
         ConfigError: ``energy`` is above 0 and the problem has no curvature.
     """
+    if config.budget is not None:
+        yield _within_budget(problem, config)
+        return
     if config.energy == 0:
         rules = unconstrained(problem)
     elif problem.curvature is None:
@@ -78,3 +121,23 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         rules = config.rules(problem.curvature, problem.matrices)
     every = range(len(problem.edits))
     yield Round(num_edits=len(every), trace=train_rules(problem, config, rules, every))
+
+
+def _within_budget(problem: EditProblem, config: Config) -> Round:
+    """One round that spends at most the budget."""
+    assert config.budget is not None
+    assert problem.curvature is not None
+    if problem.drift is None:
+        raise ConfigError("a budget is measured on held-out texts, and this curvature has none: give --texts")
+    rules = config.priced_rules(problem.curvature, problem.matrices)
+    every = range(len(problem.edits))
+    budget = Budget.parse(config.budget)
+    rate = BUDGET_LR / max(matrix.shape[1] for matrix in problem.matrices) if config.lr == "auto" else config.lr
+    per_step = rows_per_step(len(every), config.batch_size)
+    steps = config.epochs * -(-len(every) // per_step)
+    nats = budget.nats(problem.drift()[1])
+    with rotated(problem.matrices, [rule.frame for rule in rules]):
+        trainee = Budgeted(problem.matrices, rules, nats, problem.drift, reach=rate * math.sqrt(steps))
+        trace = train_in(problem, config, trainee, every, lr=rate)
+        found = trainee.keep_within()
+    return Round(num_edits=len(every), trace=trace, details={"budget": {"said": str(budget), "budget": nats, **found}})

@@ -18,14 +18,14 @@ from ..curvature import Curvature, merge
 from ..history import HISTORY_WEIGHT, with_history
 from ._gradient import PUBLISHED, RuledRoundsConfig, train_rounds
 from .base import EditProblem, Presets, Round
-from .crispedit import Config as BatchConfig
+from .crispedit import SubspaceConfig
 
-_PUBLISHED = {**PUBLISHED, **BatchConfig.presets["published"], "optimizer": "kept", "history_weight": 1.0}
+_PUBLISHED = {**PUBLISHED, **SubspaceConfig.presets["published"], "optimizer": "kept", "history_weight": 1.0}
 POOLED = 1000
 """Of all earlier edits the published mix draws at most so many."""
 
 
-class Config(RuledRoundsConfig, BatchConfig):
+class Config(RuledRoundsConfig, SubspaceConfig):
     """Settings of CrispEdit and of rounds.
 
     Args:

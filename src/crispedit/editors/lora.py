@@ -284,6 +284,10 @@ class Adapter:
             self._tuner.rankallocator.reset_ipt()
             self._tuner.peft_config[ADAPTER].rank_pattern = None
 
+    def after_epoch(self, low: bool) -> bool:
+        """Once the loss is low."""
+        return low
+
     def penalty(self) -> Tensor | float:
         """Half (ω) of the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over all adapters (AdaLoRA, equation 4)."""
         if not self._penalised:
