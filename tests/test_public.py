@@ -19,7 +19,7 @@ LAYERS = (
     "edits models texts threshold eigen moments patch spectrum subspace completion rotation updates adam factors "
     "description halves curvature history cache rows forward costs speed replay precision training budget editors generation "
     "judge grading llm_judge wild teacher_forced live capability benchmarks untouched harness_tasks harness "
-    "harness_job tasks checkpoint adapter proof editing evaluation assumed session planning jobs session_evaluation "
+    "harness_job tasks checkpoint adapter proof certificate editing evaluation assumed session planning jobs session_evaluation "
     "demo plot session_plot tradeoff scatter comparing paired report_definitions report_verdict report_curvature "
     "report report_markdown report_html console options evaluate_cli patch_cli session_cli cli"
 ).split()

@@ -207,6 +207,10 @@ def edit(
     samples: Samples = None,
     layers: Layers = None,
     energy: Annotated[float | None, typer.Option(help="γ in [0, 1), 0.9 by default; 0 is plain fine-tuning.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="The most drift, in nats per token or as a share of the base's loss (1%); in place of γ."),
+    ] = None,
     lr: Annotated[str | None, typer.Option(help="Adam's learning rate, or auto (the default).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the edits, at most; 25 by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Edits per step, at most; 32 by default.")] = None,
@@ -237,6 +241,7 @@ def edit(
     check_json(json)
     named = {
         "energy": energy,
+        "budget": budget,
         "lr": None if lr is None else _rate(lr),
         "epochs": epochs,
         "batch_size": batch_size,

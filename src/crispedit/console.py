@@ -472,6 +472,8 @@ def print_proof(result: "EditResult") -> None:
             for c in result.changes
         ],
     )
+    if "budget" in metrics:
+        print_certificate(metrics["budget"])
     rounding, seconds = metrics["rounding"], metrics["seconds"]
     out.print(
         f"stored in {rounding['dtype']}: {100 * rounding['survived']:.1f} % of the changed entries survive, "
@@ -482,7 +484,9 @@ def print_proof(result: "EditResult") -> None:
     settings, training, loss = result.settings, metrics["training"], metrics["edit_loss"]
     rates, tried = training["learning_rates"], [trial["learning_rate"] for trial in training["trials"]]
     said = [f"edit loss {loss['before']:.3f} before, {loss['after']:.3f} after"]
-    if "energy" in settings:
+    if settings.get("budget") is not None:
+        said.append(f"budget {settings['budget']}")
+    elif "energy" in settings:
         said.append(f"energy {settings['energy']}")
     if rates:
         falling = f" falling to {rates[-1]:.1e}" if rates[-1] < rates[0] else ""
@@ -494,6 +498,24 @@ def print_proof(result: "EditResult") -> None:
     out.print(f"{settings['editor']}: {', '.join(said)}", soft_wrap=True)
     if training["forward"]:
         out.print(_steps(training["forward"]), soft_wrap=True)
+
+
+def print_certificate(found: dict[str, Any]) -> None:
+    """What an edit within a budget spent of it, in a line or two."""
+    interval = f"95 % interval {number(found['low'])} to {number(found['high'])} over {found['texts']} held-out texts"
+    share = 100 * found["drift"] / found["budget"]
+    out.print(
+        f"budget {number(found['budget'])} nats/token ({found['said']}): drift {number(found['drift'])}, "
+        f"{share:.0f} % of it ({interval})",
+        soft_wrap=True,
+    )
+    if found["ratio"] is not None:
+        out.print(
+            f"the curvature predicted {number(found['predicted'])}, which is {found['ratio']:.1f} times too little",
+            soft_wrap=True,
+        )
+    if not found["met"]:
+        out.print("the budget is not met: this is the nearest to it that the edits could be made", soft_wrap=True)
 
 
 def _steps(forward: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from . import __version__
 from .artifacts import write_directory, write_json
+from .capability import TextSums
+from .certificate import certificate, texts_hash
 from .checkpoint import PATCH, RECORD, Form, read_back, round_to, write_model
 from .curvature import Curvature
 from .editors import configured
@@ -270,7 +272,7 @@ def _edit_and_prove(
     module: ModuleType,
     config: EditorConfig,
     asked: Sequence[Question],
-    held_out: Sequence[TokenBatch],
+    held_out: "_HeldOut | None",
     dtype: torch.dtype,
     after_round: Callable[[Round], None],
 ) -> _Proved:
@@ -295,7 +297,7 @@ def _edit_and_prove(
         with float32_masters(matrices):
             loss_before = loss()
             if held_out:
-                problem.drift = drift_meter(originals, model, matrices, held_out)
+                problem.drift = drift_meter(originals, model, matrices, held_out.batches)
             rounds, seconds = _run(module.edit(problem, config), after_round)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()
@@ -307,7 +309,7 @@ def _edit_and_prove(
         patch = Patch.of_changes(pairs, base, {})
         same = dtype == model.dtype == torch.float32  # nothing was rounded
         after = unrounded if same else answers([[answer.ids] for answer in unrounded])
-        drift = drift_from(originals, model, matrices, held_out, progress) if held_out else None
+        drift = drift_from(originals, model, matrices, held_out.batches, progress) if held_out else None
 
     answered = [[answer.text for answer in some] for some in (before, unrounded, after)]
     changes = matrix_changes(change, originals, subspaces)
@@ -317,11 +319,12 @@ def _edit_and_prove(
         "proof_edits": len({question.edit for question in asked}),
         "answers_changed_by_rounding": sum(a != b for a, b in zip(answered[1], answered[2], strict=True)),
         "rounding": asdict(rounding),
-        "capability": asdict(drift) if drift else dict.fromkeys(("drift", "loss_base", "loss")),
+        "capability": asdict(drift.means()) if drift else dict.fromkeys(("drift", "loss_base", "loss")),
         "matrices": [asdict(of_matrix) for of_matrix in changes],
         "edit_loss": {"before": loss_before, "after": loss_after},
         "training": _training(rounds),
         "rounds": [{"num_edits": r.num_edits, **r.details} for r in rounds],
+        **_budget(rounds, drift, held_out),
         "seconds": {"edit": round(seconds, 2), "proof": round(time.monotonic() - began - seconds, 2)},
     }
     return _Proved(
@@ -422,12 +425,30 @@ def _provenance(model: Any, model_name: str, edits: EditSet) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    """What drift is measured on: token batches, and the hash of the texts."""
+
+    batches: list[TokenBatch]
+    sha256: str
+
+
 def _held_out(
     model: Any, tokenizer: Any, curvature: Curvature | None, texts: CapabilityTexts | None
-) -> list[TokenBatch]:
-    """The token batches that drift is measured on."""
+) -> _HeldOut | None:
+    """The texts that drift is measured on, if there are any."""
     held_out = texts.held_out if texts is not None else curvature.held_out if curvature is not None else ()
-    return text_batches(model, tokenizer, held_out) if held_out else []
+    return _HeldOut(text_batches(model, tokenizer, held_out), texts_hash(held_out)) if held_out else None
+
+
+def _budget(rounds: Sequence[Round], drift: TextSums | None, held_out: _HeldOut | None) -> dict[str, Any]:
+    """The certificate of an edit with a budget."""
+    spent = rounds[-1].budget
+    if spent is None:
+        return {}
+    assert drift is not None
+    assert held_out is not None
+    return {"budget": certificate(spent, drift, held_out.sha256)}
 
 
 def _training(rounds: Sequence[Round]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from . import cache
 from .artifacts import read_json
 from .bundled import corpus, world
+from .certificate import measured, texts_hash
 from .checkpoint import load_edited, read_record
 from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
 from .editing import EditResult, check_subjects
@@ -524,6 +525,7 @@ class Evaluated:
         before: Of its base, on the same items.
         endpoint: Where the model is, if it is behind a live server.
         harness: Tasks of lm-evaluation-harness, and how they came about.
+        texts_sha256: Of the texts that drift was measured on.
     """
 
     model: str
@@ -537,15 +539,34 @@ class Evaluated:
     before: Evaluation | None
     endpoint: dict[str, Any] | None = None
     harness: dict[str, Any] | None = None
+    texts_sha256: str | None = None
+
+    def budget(self) -> dict[str, Any] | None:
+        """The recorded budget against the drift that was measured now; ``None`` where there is none, or no base.
+
+        Returns:
+            What :func:`crispedit.certificate.measured` says, with ``recorded``, the certificate of the edit itself,
+            and ``same_texts``, whether both are of the same texts.
+        """
+        recorded = ((self.record or {}).get("metrics") or {}).get("budget")
+        if recorded is None or self.after.texts is None or not self.after.has_base:
+            return None
+        assert self.texts_sha256 is not None
+        kept = {name: recorded[name] for name in ("drift", "low", "high", "met", "texts_sha256")}
+        found = measured(recorded["budget"], self.after.texts, self.texts_sha256)
+        return {**found, "recorded": kept, "same_texts": self.texts_sha256 == recorded["texts_sha256"]}
 
     def summary(self) -> dict[str, Any]:
         """The means of the model, in the shape of :func:`crispedit.evaluation.evaluate`.
 
         Returns:
-            With them ``endpoint`` and ``harness``, where there are such; the harness's scores are also among those of
-            the bundled world's tasks.
+            With them ``capability.budget``, of a model edited within one, and ``endpoint`` and ``harness``, where there
+            are such; the harness's scores are also among those of the bundled world's tasks.
         """
         found = self.after.summary()
+        budget = self.budget()
+        if budget is not None:
+            found["capability"]["budget"] = budget
         if self.endpoint is not None:
             found["endpoint"] = self.endpoint
         if self.harness is not None:
@@ -627,6 +648,7 @@ def evaluate_job(
         after=after,
         before=before,
         harness=benchmarks,
+        texts_sha256=texts_hash(chosen) if chosen is not None else None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .capability import Drift, Logits, logits_of, measure_drift
+from .capability import Logits, TextSums, drift_of_texts, logits_of, measure_drift
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
 from .progress import Progress
@@ -98,10 +98,10 @@ def drift_from(
     matrices: Sequence[EditMatrix],
     batches: Sequence[TokenBatch],
     progress: Progress,
-) -> Drift:
+) -> TextSums:
     """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
     base = logits_with(model, matrices, originals)
-    return measure_drift(base, logits_of(model), batches, progress=progress)
+    return drift_of_texts(base, logits_of(model), batches, progress=progress)
 
 
 def drift_meter(

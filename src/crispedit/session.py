@@ -324,7 +324,7 @@ class Session:
         originals = {matrix.name: matrix.as_weight(base[matrix.name]) for matrix in changed}
         batches = text_batches(model, loaded.tokenizer, curvature.held_out)
         with frozen(model):
-            found: Drift = drift_from(originals, model, changed, batches, progress)
+            found: Drift = drift_from(originals, model, changed, batches, progress).means()
         known = {m.name: m.weight.float() - originals[m.name].float() for m in changed if m.name in curvature.factors}
         predicted = curvature.predicted_drift(known) if len(known) == len(changed) else None
         return {**asdict(found), "predicted": predicted}

@@ -162,8 +162,10 @@ class Round:
         num_edits: Edits made so far, this round included.
         trace: Of the round's training, if that is how it was made.
         details: What else a user may want to know of it, JSON-ready.
+        budget: What an editor that was given one says of it; see :func:`crispedit.certificate.certificate`.
     """
 
     num_edits: int
     trace: Trace = field(default_factory=Trace)
     details: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] | None = None

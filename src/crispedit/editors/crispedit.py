@@ -79,7 +79,8 @@ class Config(SubspaceConfig):
     def _check_budget(self) -> Self:
         if self.budget is not None:
             Budget.parse(self.budget)
-            if self.model_fields_set & {"energy", "constraint", "update"}:
+            fields = type(self).model_fields
+            if any(getattr(self, name) != fields[name].default for name in ("energy", "constraint", "update")):
                 raise ConfigError("budget takes the place of energy, constraint and update: give one or the other")
         return self
 
@@ -140,4 +141,4 @@ def _within_budget(problem: EditProblem, config: Config) -> Round:
         trainee = Budgeted(problem.matrices, rules, nats, problem.drift, reach=rate * math.sqrt(steps))
         trace = train_in(problem, config, trainee, every, lr=rate)
         found = trainee.keep_within()
-    return Round(num_edits=len(every), trace=trace, details={"budget": {"said": str(budget), "budget": nats, **found}})
+    return Round(num_edits=len(every), trace=trace, budget={"said": str(budget), "budget": nats, **found})
