@@ -42,6 +42,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ft-seq": ("ft-seq", {}),
     "alphaedit": ("alphaedit", {}),
     "one batch": ("crispedit", {}),  # of all edits: what the model has room for
+    "priced 0.3": ("crispedit-seq", {"update": "priced", "price": 0.3}),
+    "priced 0.1": ("crispedit-seq", {"update": "priced", "price": 0.1}),
+    "priced 0.03": ("crispedit-seq", {"update": "priced", "price": 0.03}),
+    "priced 0.1, without history": ("crispedit-seq", {"update": "priced", "price": 0.1, "history_weight": 0}),
     # variants
     "token count": ("crispedit-seq", {"history_weight": 1}),
     "weight 10": ("crispedit-seq", {"history_weight": 10}),

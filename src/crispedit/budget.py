@@ -2,12 +2,13 @@
 
     minimise  edit loss   subject to   measured drift ≤ ε
 
-is solved by its Lagrangian. Every step of Adam is followed by a proximal step on s/2 Σ λ_ij Z_ij², the drift that the
-curvature predicts, in the Kronecker eigenbasis: Z ← Z / (1 + s λ). Nothing is left out; every direction has its price.
-The price s is the multiplier, and is looked for while the edits are learned: after every epoch drift is *measured*, and
-s rises where it is above what is aimed at and falls where it is below. So the prediction is only asked which directions
-are dear, not how much they cost: it is off by a factor of about ten, since K-FAC takes tokens and matrices for
-independent, and the factor is learned. At the end, what is still too much is taken back along the same prices.
+is solved by its Lagrangian. Every step of Adam is followed by a proximal step on s/2 Σ (λ_ij/τ) Z_ij², the drift that
+the curvature predicts, in the Kronecker eigenbasis: Z ← Z / (1 + s λ/τ). Nothing is left out; every direction has its
+price (:class:`crispedit.updates.PricedCoordinates`). The price s is the multiplier, and is looked for while the edits
+are learned: after every epoch drift is *measured*, and s rises where it is above what is aimed at and falls where it is
+below. So the prediction is only asked which directions are dear, not how much they cost: it is off by a factor of about
+ten, since K-FAC takes tokens and matrices for independent, and the factor is learned. At the end, what is still too
+much is taken back along the same prices.
 
 The problem is that of CrispEdit (arXiv 2602.15823, section 2); what solves it here, and what else was tried, is in
 docs/decisions.md.
@@ -18,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import ConfigError
@@ -124,19 +124,24 @@ class Budgeted(RuledMatrices):
     ) -> None:
         super().__init__(matrices, rules)
         self.priced, self.budget, self.measure = rules, budget, measure
-        self.first = self.price = _first_price([rule.curvatures for rule in rules], budget / RATIO, reach)
+        self.first = _first_price(rules, budget / RATIO, reach)
         self.spent: list[Spent] = []
+        self._ask(self.first)
 
-    def apply(self) -> None:
-        """Takes what the price asks off every coordinate, and writes W₀ + ΔW."""
+    @property
+    def price(self) -> float:
+        """s, of all matrices."""
+        return self.priced[0].price
+
+    def _ask(self, price: float) -> None:
         for rule in self.priced:
-            rule.take(self.price)
-        super().apply()
+            rule.price = price
 
     def reset(self) -> None:
         """The rules' parameters, and the price, as they were."""
         super().reset()
-        self.price, self.spent = self.first, []
+        self.spent = []
+        self._ask(self.first)
 
     def predicted(self) -> float:
         """½ Σ λ Z², nats per token."""
@@ -153,13 +158,13 @@ class Budgeted(RuledMatrices):
         """
         drift, _ = self.measure()
         self.spent.append(Spent(drift=drift, predicted=self.predicted(), price=self.price))
-        self.price *= min(TIGHTEN, max(RELAX, drift / (AIM * self.budget)))
+        self._ask(self.price * min(TIGHTEN, max(RELAX, drift / (AIM * self.budget))))
         return low and drift <= self.budget
 
     def keep_within(self) -> dict[str, Any]:
         """Takes back what is above the budget, the dearest first.
 
-        Every coordinate is divided by 1 + ν λ, with the smallest ν for which the drift, measured, is within the
+        Every coordinate is divided by 1 + ν λ/τ, with the smallest ν for which the drift, measured, is within the
         budget: of all changes of that predicted drift it is the nearest to what was learned.
 
         Returns:
@@ -167,6 +172,7 @@ class Budgeted(RuledMatrices):
             and ``ratio`` (measured over predicted drift) at the end.
         """
         learned = [rule.parameter.clone() for rule in self.priced]
+        self._ask(0.0)  # from now on nothing is taken by the way
         drift, back = self.measure()[0], 0.0
         for _ in range(TRIES):
             if drift <= self.budget:
@@ -174,7 +180,7 @@ class Budgeted(RuledMatrices):
             ratio = drift / max(self.predicted(), 1e-30)
             back = self._just_enough(learned, WITHIN * self.budget / ratio)
             self._divide(learned, back)
-            super().apply()
+            self.apply()
             drift = self.measure()[0]
         predicted = self.predicted()
         return {
@@ -204,17 +210,18 @@ class Budgeted(RuledMatrices):
         return high
 
 
-def _first_price(curvatures: Sequence[Tensor], wanted: float, reach: float) -> float:
+def _first_price(rules: Sequence[PricedRule], wanted: float, reach: float) -> float:
     """The price at which coordinates that all go as far as they can have this predicted drift.
 
-    A coordinate that Adam moves by η a step rests at η / (s λ), or gets as far as ``reach`` if that is nearer; with
+    A coordinate that Adam moves by η a step rests at η τ / (s λ), or gets as far as ``reach`` if that is nearer; with
     steps that do not all point one way both are taken for what √T of T steps do.
     """
     low, high = 1e-12, 1e30
-    flat = torch.cat([table.flatten() for table in curvatures])
-    for _ in range(100):
+    while high > 1.01 * low:
         middle = math.sqrt(low * high)
-        rest = torch.minimum(flat.new_tensor(reach), reach / (middle * flat).clamp(min=1e-30))
-        enough = 0.5 * float((flat * rest.square()).sum()) <= wanted
-        low, high = (low, middle) if enough else (middle, high)
+        total = 0.0
+        for rule in rules:
+            rest = (reach / (middle / rule.threshold * rule.curvatures)).clamp(max=reach)
+            total += 0.5 * float((rule.curvatures * rest.square()).nan_to_num().sum())
+        low, high = (low, middle) if total <= wanted else (middle, high)
     return high

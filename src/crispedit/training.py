@@ -235,7 +235,9 @@ class RuledMatrices:
             rule.parameter.grad = rule.gradient(matrix.as_weight(gradient)).contiguous()
 
     def apply(self) -> None:
-        """W₀ + ΔW."""
+        """W₀ + ΔW; after a step, what the rules do between steps comes first."""
+        for rule in self.rules:
+            rule.stepped()
         for matrix, rule, original in zip(self.matrices, self.rules, self._originals, strict=True):
             torch.add(original, rule.delta(), out=matrix.weight)
 

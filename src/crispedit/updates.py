@@ -17,8 +17,9 @@ from .errors import ConfigError
 from .rotation import Frame, leading_basis
 from .spectrum import Spectrum
 from .subspace import Subspace
+from .threshold import energy_threshold
 
-Update = Literal["coordinates", "leading", "filter", "projected", "update-projected", "projected-gradient"]
+Update = Literal["coordinates", "leading", "filter", "priced", "projected", "update-projected", "projected-gradient"]
 
 TOKENS = 512
 """Of a step, where rules are chosen by what they cost."""
@@ -27,6 +28,8 @@ AFFORDABLE = 1.25
 An edited matrix is at most a fifth of what a step runs through, so that this is a quarter of the step."""
 PIVOT = 2.2
 """So many times as long as its flops at the speed of thick products does a projection by a pivot take: measured."""
+PRICE = 0.1
+"""What ``priced`` asks by default: see docs/decisions.md."""
 ROTATION = 0.4
 """The bases of ``leading`` may cost this, in the same unit: a tenth of the step."""
 
@@ -44,6 +47,9 @@ class UpdateRule(Protocol):
 
         What it is given may be overwritten.
         """
+
+    def stepped(self) -> None:
+        """Called after every step of Adam, before :meth:`delta`."""
 
     def delta(self) -> Tensor:
         """The change of W that the parameter stands for, (d_out, d_in) float32."""
@@ -64,10 +70,17 @@ class UpdateRule(Protocol):
         """
 
 
-class Unconstrained:
-    """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
+class _Rule:
+    """What most rules have in common."""
 
     frame: Frame | None = None
+
+    def stepped(self) -> None:
+        """Nothing is done after a step."""
+
+
+class Unconstrained(_Rule):
+    """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.parameter = torch.zeros(shape, device=device)
@@ -85,10 +98,8 @@ class Unconstrained:
         return mean, square
 
 
-class Coordinates:
+class Coordinates(_Rule):
     """W = W₀ + U_G (M ⊙ Z) U_Aᵀ, Adam on Z: its moments live in the Kronecker eigenbasis."""
-
-    frame: Frame | None = None
 
     def __init__(self, subspace: Subspace) -> None:
         self.subspace = subspace
@@ -108,7 +119,7 @@ class Coordinates:
         return self.subspace.mask * mean, square
 
 
-class LeadingCoordinates:
+class LeadingCoordinates(_Rule):
     """W = W₀ + Q_G (M ⊙ Z) Q_Aᵀ off a cross, Adam on Z: coordinates in bases that begin with the leading eigenvectors.
 
     What they are completed with is whatever is cheap (:mod:`crispedit.completion`): of an eigenvector that is not
@@ -129,7 +140,7 @@ class LeadingCoordinates:
         self.rows, self.columns = subspace.threshold.cross
         r, c = leading_counts(subspace, rotation)
         inputs, outputs = subspace.spectrum.leading_vectors()
-        self.frame: Frame | None = Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
+        self.frame = Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
         self.parameter = torch.zeros(subspace.shape, device=inputs.device)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
@@ -147,49 +158,50 @@ class LeadingCoordinates:
         raise ConfigError("optimizer kept does not go with update leading; use fresh, or update coordinates")
 
 
-class PricedRule(UpdateRule, Protocol):
-    """A rule that leaves nothing out, and puts a price on curvature instead; see :mod:`crispedit.budget`."""
+class _Priced(_Rule):
+    """Coordinates that are all free, and pulled back by what they cost; see :class:`PricedCoordinates`.
 
-    curvatures: Tensor
-    """λ by coordinate, in the shape of :attr:`parameter`, not negative."""
+    Args:
+        curvatures: λ by coordinate, (d_out, d_in) float32, not negative.
+        threshold: τ, in terms of which prices are.
+        price: s.
+    """
+
+    def __init__(self, curvatures: Tensor, threshold: float, price: float) -> None:
+        self.curvatures, self.threshold, self.price = curvatures, threshold, price
+        self.parameter = torch.zeros_like(curvatures)
+
+    def stepped(self) -> None:
+        """Z ← Z / (1 + s λ/τ)."""
+        self.take(self.price)
 
     def take(self, price: float) -> None:
-        """Z ← Z / (1 + s λ): the proximal step on s/2 Σ λ Z²."""
+        """Z ← Z / (1 + s λ/τ) at another price."""
+        if price > 0:
+            self.parameter.div_((self.curvatures * (price / self.threshold)).add_(1))
 
     def predicted(self) -> float:
         """½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
-
-
-class _Priced:
-    """What priced rules do with their coordinates, whatever these are of."""
-
-    parameter: Tensor
-    curvatures: Tensor
-
-    def take(self, price: float) -> None:
-        """Z ← Z / (1 + s λ)."""
-        if price > 0:
-            self.parameter.div_((self.curvatures * price).add_(1))
-
-    def predicted(self) -> float:
-        """½ Σ λ Z²."""
         return 0.5 * float((self.curvatures * self.parameter.square()).sum(dtype=torch.float64))
 
 
 class PricedCoordinates(_Priced):
-    """W = W₀ + U_G Z U_Aᵀ, Adam on Z, which a price on curvature pulls back.
+    """W = W₀ + U_G Z U_Aᵀ, Adam on Z, and after every step Z ← Z / (1 + s λ/τ): nothing is left out.
+
+    What follows the step of Adam is a proximal step on s/2 Σ (λ/τ) Z², a multiple of the drift that the curvature
+    predicts: every direction has its price. A mask lets all that is below its threshold τ go for nothing, and what is
+    above it not at all; round after round, what is below adds up.
 
     Args:
-        spectrum: Of the matrix, complete.
+        subspace: Of the matrix; its spectrum is complete.
+        price: s: a coordinate of curvature τ keeps 1 / (1 + s) of itself in a step.
     """
 
-    frame: Frame | None = None
-
-    def __init__(self, spectrum: Spectrum) -> None:
-        self.spectrum = spectrum
-        self.curvatures = torch.outer(spectrum.beta, spectrum.alpha).float().clamp(min=0)
-        self.curvatures = self.curvatures.to(spectrum.input_basis.device)
-        self.parameter = torch.zeros_like(self.curvatures)
+    def __init__(self, subspace: Subspace, price: float) -> None:
+        self.spectrum = spectrum = subspace.spectrum
+        table = subspace.threshold.table
+        curvatures = torch.outer(spectrum.beta, spectrum.alpha).clamp(min=0).float() if table is None else table.float()
+        super().__init__(curvatures.to(spectrum.input_basis.device), _positive(subspace.threshold.tau), price)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
         """U_Gᵀ ∇W U_A."""
@@ -204,29 +216,47 @@ class PricedCoordinates(_Priced):
         return _turned(before.spectrum, self.spectrum, mean, square)
 
 
-class PricedLeading(_Priced, LeadingCoordinates):
+class PricedLeading(_Priced):
     """The same in the bases of :class:`LeadingCoordinates`; what is not known of a spectrum is taken for flat.
 
     Args:
-        subspace: A cross; how many directions it takes says how many are turned.
+        subspace: A cross; the directions that it takes are turned at least.
+        price: s.
         rotation: What the bases may cost: see :func:`leading_counts`.
     """
 
-    def __init__(self, subspace: Subspace, rotation: float = ROTATION) -> None:
-        super().__init__(subspace, rotation)
+    def __init__(self, subspace: Subspace, price: float, rotation: float = ROTATION) -> None:
+        self.leading = LeadingCoordinates(subspace, rotation)
+        self.frame = self.leading.frame
         spectrum = subspace.spectrum
-        sides = ((spectrum.beta, spectrum.traces[1]), (spectrum.alpha, spectrum.traces[0]))
-        outputs, inputs = (
-            _with_mean(values, trace, count, width)
-            for (values, trace), count, width in zip(
-                sides, leading_counts(subspace, rotation), subspace.shape, strict=True
-            )
-        )
-        self.curvatures = torch.outer(outputs, inputs).float().to(self.parameter.device)
+        (r, c), (d_out, d_in) = leading_counts(subspace, rotation), subspace.shape
+        alpha = _with_mean(spectrum.alpha, spectrum.traces[0], c, d_in)
+        beta = _with_mean(spectrum.beta, spectrum.traces[1], r, d_out)
+        threshold = energy_threshold(alpha, beta, subspace.threshold.captured)
+        device = self.leading.parameter.device
+        super().__init__(torch.outer(beta, alpha).float().to(device), _positive(threshold.tau), price)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """∇W', W' being W in the bases: nothing is left out."""
+        """∇W', W' being W in the bases."""
         return weight_gradient
+
+    def delta(self) -> Tensor:
+        """Z: the change of W'."""
+        return self.parameter
+
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Refused, as by :class:`LeadingCoordinates`."""
+        return self.leading.carried(before.leading, mean, square)
+
+
+PricedRule = PricedCoordinates | PricedLeading
+
+
+def _positive(tau: float | None) -> float:
+    """τ as what prices are in terms of: of no use where nothing or everything is left out."""
+    if tau is None or not 0 < tau < float("inf"):
+        raise ConfigError("update priced needs an energy above 0, which says what its price is of")
+    return tau
 
 
 def _with_mean(values: Tensor, trace: float, count: int, width: int) -> Tensor:
@@ -260,14 +290,12 @@ def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int,
     return r, max(c, min(known_of_A, int(left / (8 * d_in))))
 
 
-class Filter:
+class Filter(_Rule):
     """W = W₀ + U_G (F ⊙ Z) U_Aᵀ with F_ij = μ / (λ_ij + μ), μ the threshold τ: a soft mask, Adam on Z.
 
     A step of Adam in Z shrunk by F minimises its linear model plus λ / 2μ times its square: the quadratically
     penalised form of the constraint. Nothing is left out, so the change does not lie in the subspace.
     """
-
-    frame: Frame | None = None
 
     def __init__(self, subspace: Subspace) -> None:
         self.subspace = subspace
@@ -288,10 +316,8 @@ class Filter:
         return _turned(before.subspace.spectrum, self.subspace.spectrum, mean, square)
 
 
-class Projected:
+class Projected(_Rule):
     """W = W₀ + P(D), Adam on D with the projected gradient; needs no coordinates, so the top of a spectrum will do."""
-
-    frame: Frame | None = None
 
     def __init__(self, subspace: Subspace) -> None:
         self.subspace = subspace
@@ -344,6 +370,7 @@ _RULES: dict[str, Callable[[Subspace], UpdateRule]] = {
     "coordinates": Coordinates,
     "leading": LeadingCoordinates,
     "filter": Filter,
+    "priced": lambda subspace: priced_rule(subspace, PRICE),
     "projected": Projected,
     "update-projected": UpdateProjected,
     "projected-gradient": ProjectedGradient,
@@ -364,6 +391,8 @@ def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS, rotatio
         Flops, a multiplication and an addition counted apart.
     """
     d_out, d_in = subspace.shape
+    if update == "priced":
+        update = "leading" if subspace.threshold.cross is not None else "coordinates"
     if update == "leading":
         counts = zip(leading_counts(subspace, rotation), subspace.shape, strict=True)
         return tokens * sum(min(8 * n * k, 4 * n * n) for k, n in counts)
@@ -402,13 +431,35 @@ def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
     return next((update for update in possible if cost(update) <= most), min(possible, key=cost))
 
 
-def update_rule(update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION) -> UpdateRule:
+def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION) -> PricedRule:
+    """The rule ``priced`` for one matrix, in the coordinates that its subspace is of.
+
+    Args:
+        subspace: Of the matrix, on the device of its weight.
+        price: s.
+        rotation: See :func:`leading_counts`.
+
+    Returns:
+        The rule, its parameter at zero.
+
+    Raises:
+        ConfigError: The energy of the subspace is 0.
+    """
+    if subspace.threshold.cross is not None:
+        return PricedLeading(subspace, price, rotation)
+    return PricedCoordinates(subspace, price)
+
+
+def update_rule(
+    update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION, price: float = PRICE
+) -> UpdateRule:
     """The rule of a name for one matrix.
 
     Args:
         update: Its name; ``auto`` is :func:`chosen_update`.
         subspace: Of the matrix, on the device of its weight.
         rotation: See :func:`leading_counts`.
+        price: Of ``priced``.
 
     Returns:
         The rule, its parameter at zero.
@@ -422,4 +473,6 @@ def update_rule(update: Update | Literal["auto"], subspace: Subspace, rotation: 
         raise ConfigError(
             f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update leading"
         )
+    if update == "priced":
+        return priced_rule(subspace, price, rotation)
     return LeadingCoordinates(subspace, rotation) if update == "leading" else _RULES[update](subspace)

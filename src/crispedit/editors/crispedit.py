@@ -22,7 +22,7 @@ from ..models import EditMatrix
 from ..rotation import rotated
 from ..subspace import Subspace
 from ..training import rows_per_step
-from ..updates import ROTATION, PricedCoordinates, PricedLeading, PricedRule, Update, UpdateRule, update_rule
+from ..updates import PRICE, ROTATION, PricedRule, Update, UpdateRule, priced_rule, update_rule
 from ._gradient import PUBLISHED, RuledConfig, train_in, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
@@ -39,6 +39,7 @@ class SubspaceConfig(RuledConfig):
         update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` is the best
             rule that is known to cost little, by counting (:func:`crispedit.updates.chosen_update`).
         rotation: What the bases of update ``leading`` may cost; see :func:`crispedit.updates.leading_counts`.
+        price: Of update ``priced``; see :class:`crispedit.updates.PricedCoordinates`.
     """
 
     presets: ClassVar[Presets] = {"published": {**PUBLISHED, "constraint": "staircase", "update": "projected-gradient"}}
@@ -47,21 +48,24 @@ class SubspaceConfig(RuledConfig):
     constraint: Constraint | Literal["auto"] = "auto"
     update: Update | Literal["auto"] = "auto"
     rotation: Annotated[float, Field(ge=0)] = ROTATION
+    price: Annotated[float, Field(ge=0)] = PRICE
 
     def needs_curvature(self) -> bool:
         """Unless nothing is left out."""
         return self.energy > 0
 
     def subspace(self, curvature: Curvature, name: str) -> Subspace | None:
-        """The low-curvature subspace."""
-        return curvature.subspace(name, self.energy, self.constraint) if self.energy > 0 else None
+        """The low-curvature subspace; none is kept to where every direction has its price."""
+        if self.energy == 0 or self.update == "priced":
+            return None
+        return curvature.subspace(name, self.energy, self.constraint)
 
     def rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[UpdateRule]:
         """The update rules of matrices under a curvature."""
         rules = []
         for matrix in matrices:
             subspace = curvature.subspace(matrix.name, self.energy, self.constraint)
-            rules.append(update_rule(self.update, subspace.to(matrix.parameter.device), self.rotation))
+            rules.append(update_rule(self.update, subspace.to(matrix.parameter.device), self.rotation, self.price))
         return rules
 
 
@@ -93,8 +97,7 @@ class Config(SubspaceConfig):
         rules: list[PricedRule] = []
         for matrix in matrices:
             subspace = curvature.subspace(matrix.name, self.energy).to(matrix.parameter.device)
-            leading = subspace.threshold.cross is not None
-            rules.append(PricedLeading(subspace, self.rotation) if leading else PricedCoordinates(subspace.spectrum))
+            rules.append(priced_rule(subspace, 0.0, self.rotation))
         return rules
 
 

@@ -1,0 +1,279 @@
+"""A damage budget: the price of curvature, how it follows what is measured, and what is taken back."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from builders import curvature_of
+from crispedit import cli
+from crispedit.budget import AIM, RELAX, TIGHTEN, WITHIN, Budget, Budgeted
+from crispedit.capability import logits_of, measure_drift
+from crispedit.certificate import measured, texts_hash
+from crispedit.curvature import Curvature
+from crispedit.editing import edit
+from crispedit.editors import configured
+from crispedit.errors import ConfigError
+from crispedit.factors import Factors
+from crispedit.jobs import capability_texts, read_edits
+from crispedit.models import edit_matrices, frozen, load_model
+from crispedit.spectrum import Spectrum
+from crispedit.subspace import Subspace
+from crispedit.texts import text_batches
+from crispedit.updates import PricedCoordinates, PricedLeading
+from reference import random_factor, relative, tiny_llama
+
+D_OUT, D_IN = 10, 14
+
+
+def factors(shape=(D_OUT, D_IN), seed=0) -> Factors:
+    of_A, of_G = (torch.arange(1, n + 1, dtype=torch.float64) ** -1.0 for n in shape[::-1])
+    return Factors(A=random_factor(of_A, seed).float(), G=random_factor(of_G, seed + 1).float(), num_tokens=40)
+
+
+def subspace(form="auto", shape=(D_OUT, D_IN), seed=0) -> Subspace:
+    given = factors(shape, seed)
+    return Subspace.of(Spectrum.of(given.A, given.G), 0.5, form)
+
+
+# ---------------------------------------------------------------- what a budget is
+
+
+@pytest.mark.parametrize(
+    ("given", "nats", "said"),
+    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%")],
+)
+def test_a_budget_is_nats_or_a_share_of_the_base_models_loss(given, nats, said):
+    budget = Budget.parse(given)
+    assert budget.nats(loss_base=2.0) == pytest.approx(nats)
+    assert str(budget) == said
+    assert Budget.parse(budget) is budget
+
+
+@pytest.mark.parametrize("given", ["", "x", "0", "-1%", "nan", "inf", 0.0, "1%%"])
+def test_what_is_no_budget_is_refused(given):
+    with pytest.raises(ConfigError, match=r"it must be nats per token above 0, such as 0\.01, or a share"):
+        Budget.parse(given)
+
+
+def test_a_budget_and_a_threshold_do_not_go_together():
+    assert configured("crispedit", {"budget": "1%"})[1].budget == "1%"
+    configured("crispedit", {"budget": 0.1, "energy": 0.9, "constraint": "auto", "update": "auto"})  # as in a record
+    with pytest.raises(ConfigError, match="budget takes the place of energy, constraint and update"):
+        configured("crispedit", {"budget": 0.1, "energy": 0.5})
+    with pytest.raises(ConfigError, match="budget is '1 cent'"):
+        configured("crispedit", {"budget": "1 cent"})
+    with pytest.raises(ConfigError, match="no setting 'budget'"):
+        configured("crispedit-seq", {"budget": 0.1})
+
+
+# ---------------------------------------------------------------- the price of curvature
+
+
+def test_the_price_is_a_proximal_step():
+    """Z / (1 + s λ/τ) minimises ½ ‖Z − Z₀‖² + s/2 Σ λ/τ Z²: its gradient there is zero."""
+    rule, price = PricedCoordinates(subspace(), 0.0), 3.0
+    start = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(0))
+    rule.parameter.copy_(start)
+    rule.take(price)
+    Z = rule.parameter.clone().requires_grad_()
+    loss = 0.5 * (Z - start).square().sum() + price / 2 * (rule.curvatures / rule.threshold * Z.square()).sum()
+    (gradient,) = torch.autograd.grad(loss, Z)
+    assert float(gradient.abs().max()) < 1e-6  # a few roundings of numbers around 1
+
+
+def test_what_is_predicted_is_the_quadratic_form_of_the_factors():
+    given = factors()
+    rule = PricedCoordinates(subspace(), 0.0)
+    rule.parameter.normal_(generator=torch.Generator().manual_seed(1))
+    change = rule.delta().double()
+    expected = 0.5 * float((change * (given.G.double() @ change @ given.A.double())).sum())
+    assert rule.predicted() == pytest.approx(expected, rel=1e-5)  # float32 bases
+    assert rule.predicted() == pytest.approx(curvature_of({"W": given}).predicted_drift({"W": rule.delta()}), rel=1e-5)
+
+
+def test_gradients_in_coordinates_are_those_of_autograd():
+    rule = PricedCoordinates(subspace(), 0.0)
+    target = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(2))
+    Z = rule.parameter.requires_grad_()
+    rule.parameter = Z
+    loss = (rule.delta() - target).pow(3).sum()
+    (expected,) = torch.autograd.grad(loss, Z)
+    with torch.no_grad():
+        found = rule.gradient(3 * (rule.delta() - target).square())
+    assert relative(found, expected) < 1e-5
+
+
+def test_leading_coordinates_know_the_top_and_the_trace():
+    given = subspace("cross")
+    rule = PricedLeading(given, 0.0, rotation=0.0)
+    spectrum, (r, c) = given.spectrum, given.threshold.cross
+    exact = torch.outer(spectrum.beta[:r], spectrum.alpha[:c]).float()
+    assert relative(rule.curvatures[:r, :c], exact) < 1e-6
+    assert float(rule.curvatures.sum()) == pytest.approx(spectrum.traces[0] * spectrum.traces[1], rel=1e-5)
+    gradient = torch.ones(D_OUT, D_IN)
+    assert torch.equal(rule.gradient(gradient.clone()), gradient)  # nothing is left out
+
+
+# ---------------------------------------------------------------- how it follows what is measured
+
+
+class Tiny:
+    """Two matrices of a tiny model, with priced rules and a drift that is so many times what is predicted."""
+
+    def __init__(self, budget: float, times: float = 10.0) -> None:
+        self.matrices = edit_matrices(tiny_llama(), None)
+        self.rules = [PricedCoordinates(subspace("auto", m.shape, m.layer), 0.0) for m in self.matrices]
+        self.times, self.measurements = times, 0
+        self.budgeted = Budgeted(self.matrices, self.rules, budget, self.measure, reach=0.1)
+
+    def measure(self) -> tuple[float, float]:
+        self.measurements += 1
+        return self.times * sum(rule.predicted() for rule in self.rules), 2.0
+
+    def move(self, size: float = 0.1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for rule in self.rules:
+            rule.parameter.normal_(generator=generator).mul_(size)
+
+
+def test_the_price_follows_the_measured_drift_within_bounds():
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0)
+        tiny.move()
+        spent = tiny.measure()[0]
+        for share, factor in ((2 * AIM, 2.0), (100.0, TIGHTEN), (AIM / 2, 0.5), (1e-9, RELAX)):
+            tiny.budgeted.budget, before = spent / share, tiny.budgeted.price
+            assert tiny.budgeted.after_epoch(low=True) == (share <= 1)  # low enough is not enough outside the budget
+            assert tiny.budgeted.price == pytest.approx(before * factor)
+            assert not tiny.budgeted.after_epoch(low=False)
+            tiny.budgeted._ask(before)
+        tiny.budgeted.reset()
+        assert (tiny.budgeted.price, tiny.budgeted.spent) == (tiny.budgeted.first, [])
+
+
+def test_what_is_too_much_is_taken_back_the_dearest_first():
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0)
+        originals = [matrix.weight.clone() for matrix in tiny.matrices]
+        tiny.move()
+        learned = [rule.parameter.clone() for rule in tiny.rules]
+        tiny.budgeted.budget = budget = tiny.measure()[0] / 20
+        found = tiny.budgeted.keep_within()
+        assert tiny.measure()[0] <= budget
+        assert tiny.measure()[0] == pytest.approx(WITHIN * budget, rel=1e-3)  # bisection of ν to 30 halvings
+        assert found["ratio"] == pytest.approx(10)
+        for rule, before in zip(tiny.rules, learned, strict=True):
+            kept = rule.parameter / before
+            expected = 1 / (1 + found["taken_back"] / rule.threshold * rule.curvatures)
+            assert relative(kept, expected) < 1e-5
+        for matrix, rule, original in zip(tiny.matrices, tiny.rules, originals, strict=True):
+            assert relative(matrix.weight, original + rule.delta()) < 1e-6
+
+
+def test_what_is_within_is_left_as_it_is():
+    with torch.no_grad():
+        tiny = Tiny(budget=1e6)
+        tiny.move()
+        learned, tiny.measurements = [rule.parameter.clone() for rule in tiny.rules], 0
+        assert tiny.budgeted.keep_within()["taken_back"] == 0
+        assert tiny.measurements == 1
+        assert all(torch.equal(rule.parameter, one) for rule, one in zip(tiny.rules, learned, strict=True))
+
+
+def test_a_prediction_that_errs_more_the_more_is_taken_back_is_learned():
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0)
+        tiny.move()
+        tiny.budgeted.measure = lambda: (10 * sum(rule.predicted() for rule in tiny.rules) ** 0.5, 2.0)
+        tiny.budgeted.budget = budget = tiny.budgeted.measure()[0] / 20
+        tiny.budgeted.keep_within()
+        assert 0.5 * budget < tiny.budgeted.measure()[0] <= budget
+
+
+# ---------------------------------------------------------------- edits within a budget
+
+
+@pytest.fixture(scope="module")
+def given():
+    """Twelve facts of the bundled world, and the curvature of two layers."""
+    bundled = load_model("bundled")
+    texts = capability_texts("bundled", None, 60, 0)
+    curvature = Curvature.estimate(bundled.model, bundled.tokenizer, texts, layers=[3, 4])
+    return read_edits("bundled:eval", limit=12), curvature
+
+
+def edited(given, budget, **settings):
+    edits, curvature = given
+    bundled = load_model("bundled")
+    return edit(bundled.model, bundled.tokenizer, edits, curvature=curvature, budget=budget, epochs=8, **settings)
+
+
+def test_edits_stay_within_their_budget_and_get_better_with_it(given):
+    results = [edited(given, budget) for budget in (0.0002, 0.002, 0.02)]
+    for result, budget in zip(results, (0.0002, 0.002, 0.02), strict=True):
+        certificate = result.metrics["budget"]
+        assert certificate["budget"] == budget
+        assert certificate["met"]
+        assert certificate["drift"] <= budget
+        assert certificate["low"] < certificate["drift"] < certificate["high"]
+        assert certificate["drift"] == result.metrics["capability"]["drift"]
+    losses = [result.metrics["edit_loss"]["after"] for result in results]
+    assert all(more < less for less, more in itertools.pairwise(losses))
+
+
+def test_the_certificate_is_measured(given):
+    """Against the model itself, loaded anew beside its base."""
+    result = edited(given, "0.1%")
+    certificate = result.metrics["budget"]
+    held_out = given[1].held_out
+    base, batches = load_model("bundled"), text_batches(result.model, result.tokenizer, held_out)
+    with frozen(base.model), frozen(result.model):
+        drift = measure_drift(logits_of(base.model), logits_of(result.model), batches)
+    assert certificate["budget"] == pytest.approx(0.001 * drift.loss_base, rel=1e-6)
+    assert certificate["drift"] == pytest.approx(drift.drift, rel=1e-4)  # float32 sums of small differences
+    assert certificate["texts_sha256"] == texts_hash(held_out)
+    # the stored change against the one in float32
+    assert certificate["predicted"] == pytest.approx(given[1].predicted_drift(result.delta), rel=1e-2)
+
+
+def test_a_budget_needs_texts(given):
+    edits, curvature = given
+    bundled = load_model("bundled")
+    alone = curvature_of(dict(curvature.factors), held_out=(), layers=curvature.layers,
+        model_fingerprint=curvature.model_fingerprint, tokenizer=curvature.tokenizer)  # fmt: skip
+    with pytest.raises(ConfigError, match="a budget is measured on held-out texts, and this curvature has none"):
+        edit(bundled.model, bundled.tokenizer, edits, curvature=alone, budget=0.01)
+
+
+def test_the_interval_is_over_texts():
+    from crispedit.capability import TextSums
+
+    drift = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+    sums = TextSums(drift=drift, loss_base=drift, loss=drift, tokens=torch.full((4,), 10.0, dtype=torch.float64))
+    found = measured(0.5, sums, "hash")
+    assert found["drift"] == pytest.approx(0.3)
+    assert found["low"] >= 0.1  # no resample is below its smallest text
+    assert found["high"] <= 0.6
+    assert (found["met"], found["texts"], found["texts_sha256"]) == (True, 4, "hash")
+    assert not measured(0.29, sums, "hash")["met"]
+
+
+def test_evaluate_checks_the_certificate_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["--limit", "10", "--samples", "40", "--layers", "3", "--epochs", "6"]
+    assert cli._run(["edit", "bundled", "bundled:eval", *settings, "--budget", "0.5%", "--out", "edited"]) == 0
+    said = capsys.readouterr().out
+    assert "nats/token (0.5%): drift 0.0" in said
+    assert "times too little" in said
+    record = json.loads((tmp_path / "edited" / "crispedit.json").read_text())
+    evaluate = ["evaluate", "edited", "bundled:eval", "--limit", "10", "--base", "bundled"]
+    assert cli._run([*evaluate, "--json", "found.json"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["capability"]["budget"]
+    assert found["met"]
+    assert found["budget"] == record["metrics"]["budget"]["budget"]
+    assert found["recorded"]["drift"] == record["metrics"]["budget"]["drift"]
+    assert cli._run(["edit", "--rerun", "edited/crispedit.json", "--out", "again"]) == 0
+    again = json.loads((tmp_path / "again" / "crispedit.json").read_text())
+    assert again["metrics"]["budget"]["drift"] == record["metrics"]["budget"]["drift"]
