@@ -1,0 +1,190 @@
+"""Budgets against thresholds: what an edit gets for the drift that it may cause.
+
+    python benchmarks/budget.py --out out/budget.jsonl --json budget.json
+    python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4 --model DIR
+    python benchmarks/budget.py --table out/budget.jsonl
+
+Every run edits a fresh copy of the bundled model, or of another that ``crispedit.bundled.train`` has made, with a seeded
+sample of the edits: within a budget (ten of them, by factors of two), or off a hard mask at an energy γ, with the rate
+that ``auto`` finds; and by plain fine-tuning. Asked without context are 200 of the edits. Drift is measured on the
+held-out texts, which a budget is kept on, and on others of the same kind, which nobody has seen. Finished runs are
+appended to --out and not repeated; the table compares every budget's run with the best γ that drifts no more than it.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import runs
+
+from crispedit.artifacts import write_json
+from crispedit.bundled import corpus
+from crispedit.capability import bundled_tasks, logits_of, measure_drift
+from crispedit.curvature import Curvature
+from crispedit.editing import edit
+from crispedit.jobs import capability_texts, read_edits
+from crispedit.models import frozen, load_model
+from crispedit.proof import spread
+from crispedit.rows import Prompter
+from crispedit.texts import text_batches
+from crispedit.wild import ask, questions, score
+
+BUDGETS = tuple(0.0005 * 2**power for power in range(10))
+ENERGIES = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99999)
+ASKED, FRESH = 200, 100
+PROBES = 200
+"""Items per ability."""
+
+
+class Bench:
+    """What runs of one model share.
+
+    Args:
+        model: Its name.
+        edits: The edits' name.
+    """
+
+    def __init__(self, model: str, edits: str) -> None:
+        self.model, self.edits = model, list(read_edits(edits))
+        self.base = load_model(model)
+        texts = capability_texts("bundled", None, None, 0)
+        assert texts is not None
+        self.texts = texts
+        known = {*texts.fit, *texts.held_out}
+        more = corpus.capability_texts(corpus.NUM_CAPABILITY_TEXTS + 2 * FRESH)[corpus.NUM_CAPABILITY_TEXTS :]
+        self.fresh = [text for text in dict.fromkeys(more) if text not in known][:FRESH]
+        self.curvatures: dict[int, Curvature] = {}
+
+    def run(self, case: dict[str, Any]) -> dict[str, Any]:
+        """One edit, measured."""
+        seed, loaded = case["seed"], load_model(self.model)
+        if seed not in self.curvatures:
+            self.curvatures = {seed: Curvature.estimate(loaded.model, loaded.tokenizer, self.texts, seed=seed)}
+        chosen = random.Random(seed).sample(self.edits, case["size"])
+        settings = {case["mechanism"]: case["value"]}
+        started = time.monotonic()
+        result = edit(
+            loaded.model,
+            loaded.tokenizer,
+            chosen,
+            curvature=self.curvatures[seed],
+            texts=self.texts,
+            seed=seed,
+            **settings,
+        )
+        seconds = time.monotonic() - started
+        prompter = Prompter.of(loaded.model, loaded.tokenizer)
+        asked = questions(spread(chosen, ASKED))
+        scores = score(asked, [answer.text for answer in ask(loaded.model, prompter, asked, "no_context")])
+        tasks = bundled_tasks(loaded.model, prompter, count=PROBES)
+        batches = text_batches(loaded.model, loaded.tokenizer, self.fresh)
+        with frozen(loaded.model), frozen(self.base.model):
+            fresh = measure_drift(logits_of(self.base.model), logits_of(loaded.model), batches)
+        training, certificate = result.metrics["training"], result.metrics.get("budget") or {}
+        return {
+            **case,
+            **scores,
+            "budget": certificate.get("budget"),
+            "drift": result.metrics["capability"]["drift"],
+            "fresh_drift": fresh.drift,
+            "met": certificate.get("met"),
+            "ratio": certificate.get("ratio"),
+            "edit_loss": result.metrics["edit_loss"]["after"],
+            "stopped_early": training["stopped_early"],
+            "lr": max(training["learning_rates"]),
+            "epochs": len(training["epoch_losses"]),
+            "abilities": statistics.mean(tasks.values()),
+            "tasks": tasks,
+            "relative_change": max(change["relative"] for change in result.metrics["matrices"]),
+            "seconds": round(result.metrics["seconds"]["edit"], 1),
+            "seconds_in_all": round(seconds, 1),
+        }
+
+
+def cases(args: Any) -> list[dict[str, Any]]:
+    """All that is asked for."""
+    values = [
+        *(("energy", energy) for energy in (0.0, *args.energies)),
+        *(("budget", budget) for budget in args.budgets),
+    ]
+    return [
+        {"model": args.model, "edits": args.edits, "size": size, "seed": seed, "mechanism": mechanism, "value": value}
+        for seed in args.seeds
+        for size in args.sizes
+        for mechanism, value in values
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds, per model and number of edits; beside every budget the best γ that drifts no more."""
+    lines = [
+        "| model | edits | | drift | on other texts | reliability | generalization | locality | abilities | seconds | "
+        "best γ within it: reliability, generalization |",
+        "|---" * 11 + "|",
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["size"], row["mechanism"], row["value"]), []).append(row)
+    for (model, size, mechanism, value), some in groups.items():
+        mean = {
+            name: statistics.mean(row[name] for row in some)
+            for name in ("drift", "fresh_drift", "reliability", "generalization", "locality", "abilities", "seconds")
+        }
+        rivals = [_rival(row, rows) for row in some] if mechanism == "budget" else []
+        beside = ""
+        if rivals and None not in rivals:
+            best = [rival for rival in rivals if rival is not None]
+            beside = ", ".join(
+                f"{statistics.mean(row[name] for row in best):.1f}" for name in ("reliability", "generalization")
+            )
+        said = f"budget {value:g}" if mechanism == "budget" else "fine-tuning" if value == 0 else f"γ {value}"
+        lines.append(
+            f"| {Path(model).name} | {size} | {said} | {mean['drift']:.4f} | {mean['fresh_drift']:.4f} | "
+            f"{mean['reliability']:.1f} | {mean['generalization']:.1f} | {mean['locality']:.1f} | "
+            f"{mean['abilities']:.2f} | {mean['seconds']:.0f} | {beside} |"
+        )
+    return "\n".join(lines)
+
+
+def _rival(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run at a fixed γ, of the same model, edits and seed, that says most edits and drifts no more than a budget."""
+    same = ("model", "size", "seed")
+    others = [
+        other
+        for other in rows
+        if other["mechanism"] == "energy"
+        and all(other[name] == row[name] for name in same)
+        and other["drift"] <= row["value"]
+    ]
+    return max(others, key=lambda other: other["reliability"] + other["generalization"], default=None)
+
+
+def main() -> None:
+    """Runs what is missing, and prints the table."""
+    parser = runs.options(__doc__)
+    parser.set_defaults(edits="bundled:train")
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[200])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS))
+    parser.add_argument("--energies", nargs="*", type=float, default=list(ENERGIES))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.table is not None:
+        print(table(runs.read(args.table)))
+        return
+    bench = Bench(args.model, args.edits)
+    for case in cases(args):
+        if not any(case.items() <= row.items() for row in runs.read(args.out)):
+            runs.record(args.out, case, lambda case=case: bench.run(case))  # type: ignore[misc]
+    found = runs.read(args.out)
+    print(table(found))
+    if args.json is not None:
+        write_json(args.json, {"runs": found})
+
+
+if __name__ == "__main__":
+    main()
