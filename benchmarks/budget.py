@@ -4,7 +4,7 @@
     python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4 --model DIR
     python benchmarks/budget.py --table out/budget.jsonl
 
-Every run edits a fresh copy of the bundled model, or of another that ``crispedit.bundled.train`` has made, with a seeded
+Every run edits a fresh copy of the bundled model, or of another that ``crispedit.bundled.train`` made, with a seeded
 sample of the edits: within a budget (ten of them, by factors of two), or off a hard mask at an energy γ, with the rate
 that ``auto`` finds; and by plain fine-tuning. Asked without context are 200 of the edits. Drift is measured on the
 held-out texts, which a budget is kept on, and on others of the same kind, which nobody has seen. Finished runs are
@@ -150,7 +150,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _rival(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The run at a fixed γ, of the same model, edits and seed, that says most edits and drifts no more than a budget."""
+    """The run at a fixed γ, else the same, that says most edits and drifts no more than a budget."""
     same = ("model", "size", "seed")
     others = [
         other
