@@ -25,7 +25,6 @@ from .checkpoint import RECORD, read_back, write_model
 from .curvature import Curvature, merge
 from .editing import EditResult, edit, origin
 from .editors import configured
-from .editors._gradient import ROUNDS_START, RuledConfig
 from .edits import Edit, EditSet, Locality
 from .errors import ArtifactError, ConfigError, ModelError
 from .generation import Answer
@@ -79,7 +78,7 @@ class Session:
             loaded: The base model; the session keeps its name and fingerprint, and no copy.
             curvature: Of its capability loss, for editors that need one; copied into the session.
             editor: ``EDITOR`` or ``EDITOR:PRESET``, of all rounds.
-            settings: Of the editor; a rate is looked for as in rounds, unless they say otherwise.
+            settings: Of the editor; others are as in rounds (``in_rounds`` of its configuration).
             layers: Decoder blocks to edit; the editor's default when omitted.
             history_weight: What earlier rounds weigh in the curvature; see :mod:`crispedit.history`.
             seed: Of everything drawn at random.
@@ -91,8 +90,8 @@ class Session:
         """
         settings = dict(settings or {})
         _, config = configured(editor, settings)
-        if isinstance(config, RuledConfig):
-            settings.setdefault("first_lr", ROUNDS_START)
+        preset = config.presets.get(editor.partition(":")[2], {})
+        settings = {name: value for name, value in config.in_rounds.items() if name not in preset} | settings
         matrices = config.matrices(loaded.model, layers)
         if config.needs_curvature():
             if curvature is None:

@@ -1,7 +1,7 @@
 """What editors that train matrices with Adam have in common: their settings, and a round of the loop."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,8 @@ class RuledConfig(GradientConfig):
     Args:
         first_lr: The first learning rate that ``auto`` tries, times d_in.
     """
+
+    in_rounds: ClassVar[dict[str, Any]] = {"first_lr": ROUNDS_START}
 
     first_lr: Annotated[float, Field(gt=0)] = START
 

@@ -38,6 +38,8 @@ class EditorConfig(BaseModel):
     """Settings by name: of a publication, or of a variant that has a name of its own."""
     needs_subject: ClassVar[bool] = False
     """Whether every edit must name a subject that its prompt contains."""
+    in_rounds: ClassVar[dict[str, Any]] = {}
+    """Settings that have another default where edits come in rounds, one after the other."""
     lowers_loss: ClassVar[bool] = True
     """Whether the edit loss must fall. Where it is not what is minimised, that it did not is a warning."""
 
