@@ -36,28 +36,31 @@ from crispedit.proof import spread
 from crispedit.texts import CapabilityTexts
 from crispedit.tradeoff import measures
 
+MASK = {"update": "auto"}
+"""The mask of the paper in place of a price."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "crispedit-seq": ("crispedit-seq", {}),
     "without history": ("crispedit-seq", {"history_weight": 0}),
     "ft-seq": ("ft-seq", {}),
     "alphaedit": ("alphaedit", {}),
-    "one batch": ("crispedit", {}),  # of all edits: what the model has room for
-    "priced 0.3": ("crispedit-seq", {"update": "priced", "price": 0.3}),
-    "priced 0.1": ("crispedit-seq", {"update": "priced", "price": 0.1}),
-    "priced 0.03": ("crispedit-seq", {"update": "priced", "price": 0.03}),
-    "priced 0.1, without history": ("crispedit-seq", {"update": "priced", "price": 0.1, "history_weight": 0}),
+    "one batch": ("crispedit", {"update": "priced"}),  # of all edits: what the model has room for
     # variants
-    "token count": ("crispedit-seq", {"history_weight": 1}),
-    "weight 10": ("crispedit-seq", {"history_weight": 10}),
-    "weight 100": ("crispedit-seq", {"history_weight": 100}),
-    "one Adam": ("crispedit-seq", {"optimizer": "kept"}),
-    "refreshed at 25 %": ("crispedit-seq", {"refresh": 0.25}),
-    "mix": ("crispedit-seq", {"history": "mix"}),
-    "γ 0.97": ("crispedit-seq", {"energy": 0.97}),
-    "γ 0.99": ("crispedit-seq", {"energy": 0.99}),
-    "without history, γ 0.97": ("crispedit-seq", {"energy": 0.97, "history_weight": 0}),
-    "lr 3.5e-3": ("crispedit-seq", {"lr": 3.5e-3}),
-    "lr 3.5e-3, token count": ("crispedit-seq", {"lr": 3.5e-3, "history_weight": 1}),
+    "price 0.3": ("crispedit-seq", {"price": 0.3}),
+    "price 0.1": ("crispedit-seq", {"price": 0.1}),
+    "price 0.01": ("crispedit-seq", {"price": 0.01}),
+    "price 0.1, without history": ("crispedit-seq", {"price": 0.1, "history_weight": 0}),
+    "mask": ("crispedit-seq", MASK),
+    "mask, without history": ("crispedit-seq", {**MASK, "history_weight": 0}),
+    "mask, γ 0.97": ("crispedit-seq", {**MASK, "energy": 0.97}),
+    "mask, γ 0.99": ("crispedit-seq", {**MASK, "energy": 0.99}),
+    "mask, token count": ("crispedit-seq", {**MASK, "history_weight": 1}),
+    "mask, weight 10": ("crispedit-seq", {**MASK, "history_weight": 10}),
+    "mask, weight 100": ("crispedit-seq", {**MASK, "history_weight": 100}),
+    "mask, one Adam": ("crispedit-seq", {**MASK, "optimizer": "kept"}),
+    "mask, refreshed at 25 %": ("crispedit-seq", {**MASK, "refresh": 0.25}),
+    "mask, mix": ("crispedit-seq", {**MASK, "history": "mix"}),
+    "mask, lr 3.5e-3": ("crispedit-seq", {**MASK, "lr": 3.5e-3}),
+    "mask, lr 3.5e-3, token count": ("crispedit-seq", {**MASK, "lr": 3.5e-3, "history_weight": 1}),
     "published rule, one Adam": ("crispedit-seq", {"update": "projected-gradient", "optimizer": "kept"}),
     "ft-seq, lr 3.5e-3": ("ft-seq", {"lr": 3.5e-3}),
     "ft-seq, one Adam": ("ft-seq", {"optimizer": "kept"}),

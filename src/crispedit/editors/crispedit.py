@@ -11,7 +11,7 @@ every direction has its price, such that measured drift stays within the budget 
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,7 @@ class SubspaceConfig(RuledConfig):
     """
 
     presets: ClassVar[Presets] = {"published": {**PUBLISHED, "constraint": "staircase", "update": "projected-gradient"}}
+    in_rounds: ClassVar[dict[str, Any]] = {**RuledConfig.in_rounds, "update": "priced"}
 
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.9
     constraint: Constraint | Literal["auto"] = "auto"

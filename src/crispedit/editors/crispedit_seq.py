@@ -16,6 +16,7 @@ from pydantic import Field
 
 from ..curvature import Curvature, merge
 from ..history import HISTORY_WEIGHT, with_history
+from ..updates import Update
 from ._gradient import PUBLISHED, RuledRoundsConfig, train_rounds
 from .base import EditProblem, Presets, Round
 from .crispedit import SubspaceConfig
@@ -29,7 +30,9 @@ class Config(RuledRoundsConfig, SubspaceConfig):
     """Settings of CrispEdit and of rounds.
 
     Args:
-        energy: γ, the share of the curvature that the excluded directions hold; without any it would be ``ft-seq``.
+        energy: γ, the share of the curvature that lies in directions above τ, of which the price is; of another update
+            than ``priced``, what the excluded directions hold.
+        update: ``priced`` in place of the mask of the paper: what a mask lets go for nothing adds up over rounds.
         history: ``merged`` is Algorithm 2. ``mix`` estimates the curvature anew after every round, of the capability
             texts and of earlier edits, which it keeps: the default of the published code.
         history_weight: What a token of an edit weighs in the sum, a token of the capability texts being 1, as in
@@ -42,6 +45,7 @@ class Config(RuledRoundsConfig, SubspaceConfig):
     presets: ClassVar[Presets] = {"published": _PUBLISHED, "mix": {**_PUBLISHED, "history": "mix"}}
 
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    update: Update | Literal["auto"] = "priced"
     history: Literal["merged", "mix"] = "merged"
     history_weight: Annotated[float, Field(ge=0)] | Literal["equal-trace"] = HISTORY_WEIGHT
     refresh: Annotated[float, Field(gt=0)] | None = None
