@@ -14,7 +14,8 @@ from crispedit.editors.base import EditProblem
 from crispedit.edits import edits_from_rows
 from crispedit.errors import ConfigError
 from crispedit.factors import Factors, estimate_factors
-from crispedit.models import edit_matrices, frozen, load_model
+from crispedit.history import with_history
+from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
 from crispedit.progress import no_progress
 from crispedit.rows import EditRow, Prompter
@@ -242,7 +243,7 @@ def test_the_published_rule_projects_the_gradient():
 
 def test_crispedit_seq_in_one_round_is_crispedit(bundled):
     curvature = Curvature.estimate(bundled.model, bundled.tokenizer, TEXTS, layers=LAYERS)
-    settings = {"curvature": curvature, "lr": 1e-3, "epochs": 2}
+    settings = {"curvature": curvature, "lr": 1e-3, "epochs": 2, "update": "priced"}
     one = edit(bundled.model, bundled.tokenizer, ROWS, editor="crispedit-seq", **settings)
     other = load_model("bundled")
     two = edit(other.model, other.tokenizer, ROWS, editor="crispedit", **settings)
@@ -275,7 +276,7 @@ def after_first_round(family, **settings):
 )  # fmt: skip
 def test_a_round_keeps_off_the_curvature_of_the_capabilities_and_of_earlier_rounds(family, weight, optimizer):
     """By hand: the factors of the first round's rows, whole, at its weights; their mean with the capabilities'."""
-    settings = {"energy": 0.7, "history_weight": weight, "optimizer": optimizer}
+    settings = {"energy": 0.7, "history_weight": weight, "optimizer": optimizer, "update": "auto"}
     rounds, delta, curvature = run_tiny("crispedit-seq", BUILDERS[family](), round_size=4, **settings)
     assert [r.num_edits for r in rounds] == [4, 8]
     loop = {"lr": 2e-3, "epochs": 4, "batch_size": 4, "stop_loss": 0.0}
@@ -310,10 +311,31 @@ def in_rounds(bundled, texts, fisher="empirical", **settings):
     weights = [{m.name: m.weight.clone() for m in edit_matrices(bundled.model, LAYERS)}]
     result = edit(
         bundled.model, bundled.tokenizer, ROWS, editor="crispedit-seq", curvature=curvature, texts=texts, round_size=2,
-        lr=1e-3, epochs=3, energy=0.8, history_weight=1.0, **settings,
+        lr=1e-3, epochs=3, energy=0.8, update="auto", history_weight=1.0, **settings,
         after_round=lambda _: weights.append({m.name: m.weight.clone() for m in edit_matrices(bundled.model, LAYERS)}),
     )  # fmt: skip
     return curvature, weights, result
+
+
+def test_a_second_round_pays_for_the_first_ones_curvature_too(bundled):
+    """Priced, by default: as two edits one after the other, the second at the joined curvature."""
+    curvature = Curvature.estimate(bundled.model, bundled.tokenizer, TEXTS, layers=LAYERS)
+    settings = {"lr": 1e-3, "epochs": 3, "energy": 0.8, "price": 0.5}
+    result = edit(
+        bundled.model, bundled.tokenizer, ROWS, editor="crispedit-seq", curvature=curvature, round_size=4, **settings
+    )
+    other, deltas, joined = load_model("bundled"), [], curvature
+    for rows in (ROWS[:4], ROWS[4:]):
+        found = edit(other.model, other.tokenizer, rows, curvature=joined, update="priced", **settings)
+        deltas.append(found.delta)
+        matrices = edit_matrices(other.model, LAYERS)
+        ids = [row.ids for row in Prompter.of(other.model, other.tokenizer).rows(edits_from_rows(rows))]
+        with frozen(other.model):
+            own = replace(curvature.of_rows(other.model, matrices, ids, 0), model_fingerprint=fingerprint(other.model))
+        joined = with_history(curvature, own, "equal-trace")
+    for name, delta in result.delta.items():
+        assert relative(delta, deltas[0][name] + deltas[1][name]) < 1e-4  # bases of sums in another order, in float32
+        assert relative(delta, deltas[0][name]) > 0.1
 
 
 @pytest.mark.parametrize("settings", [{"history": "mix"}, {"refresh": 1e-6}], ids=["mix", "refreshed"])
