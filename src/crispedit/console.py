@@ -367,6 +367,35 @@ def print_adapter(record: dict[str, Any]) -> None:
         print_table("What it loses", ["", "exact", "adapter"], rows)
 
 
+def print_second_order(result: dict[str, Any]) -> None:
+    """Constraints by the area under their trade-off, and the paper's findings, as ``crispedit lenet`` finds them."""
+    found, networks = result["constraints"], result["networks"]
+    low, high = (100 * x for x in result["range"])
+    print_table(
+        f"{len(networks)} networks, {100 * result['pretrain_accuracy']:.2f} % before; edit accuracy {low:.1f} to {high:.1f} %",
+        ["constraint", "area", "95 % interval", "edit at 95 % kept", "95 % interval"],
+        [
+            [
+                one["title"],
+                f"{one['auc']:.4f}",
+                f"{one['low']:.4f} to {one['high']:.4f}",
+                percent(100 * one["edit_at_95"]["value"]),
+                f"{100 * one['edit_at_95']['low']:.1f} to {100 * one['edit_at_95']['high']:.1f}",
+            ]
+            for one in sorted(found.values(), key=lambda one: -one["auc"])
+        ],
+    )
+    for name, difference in result["differences"].items():
+        ends = f"{difference['low']:+.4f} to {difference['high']:+.4f}"
+        out.print(f"  {name:<18} {difference['value']:+.4f} ({ends})", soft_wrap=True)
+    for name, finding in result["findings"].items():
+        numbers = ", ".join(
+            f"{key.replace('_', ' ')} {value:+.4f}" for key, value in finding.items() if key != "confirmed"
+        )
+        said = "confirmed" if finding["confirmed"] else "not confirmed"
+        out.print(f"finding ({name}) of the paper: {said}; {numbers}", soft_wrap=True)
+
+
 def print_training(record: dict[str, Any]) -> None:
     """How the training of a hypernetwork went."""
     training = record["training"]
