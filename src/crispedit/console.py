@@ -372,15 +372,16 @@ def print_second_order(result: dict[str, Any]) -> None:
     found, networks = result["constraints"], result["networks"]
     low, high = (100 * x for x in result["range"])
     print_table(
-        f"{len(networks)} networks, {100 * result['pretrain_accuracy']:.2f} % before; edit accuracy {low:.1f} to {high:.1f} %",
-        ["constraint", "area", "95 % interval", "edit at 95 % kept", "95 % interval"],
+        f"{len(networks)} networks, capability {100 * result['pretrain_accuracy']:.2f} %; "
+        f"areas over edit accuracies of {low:.1f} to {high:.1f} %; edits with a point of capability lost",
+        ["constraint", "area", "95 % interval", "edits, %", "95 % interval"],
         [
             [
                 one["title"],
                 f"{one['auc']:.4f}",
                 f"{one['low']:.4f} to {one['high']:.4f}",
-                percent(100 * one["edit_at_95"]["value"]),
-                f"{100 * one['edit_at_95']['low']:.1f} to {100 * one['edit_at_95']['high']:.1f}",
+                percent(100 * one["within_a_point"]["value"]),
+                f"{100 * one['within_a_point']['low']:.1f} to {100 * one['within_a_point']['high']:.1f}",
             ]
             for one in sorted(found.values(), key=lambda one: -one["auc"])
         ],

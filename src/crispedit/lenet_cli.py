@@ -24,7 +24,7 @@ def lenet(
     matrix: Annotated[str, typer.Option(help="The matrix that is edited: fc1 or fc2.")] = "fc2",
     activation: Annotated[str, typer.Option(help="relu or tanh.")] = "relu",
     seeds: Annotated[int, typer.Option(help="How many networks.")] = 3,
-    energies: Annotated[int, typer.Option(help="How many values of γ.")] = 20,
+    energies: Annotated[str, typer.Option(help="How many values of γ, or the values.")] = "20",
     lr: Annotated[float | None, typer.Option(help="Of fine-tuning by SGD.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of fine-tuning.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the trade-off to this .png, .svg or .pdf file.")] = None,

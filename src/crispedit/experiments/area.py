@@ -13,6 +13,7 @@ it is a little too narrow; it says how much seeds differ, not more.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ..statistics import Difference, Measure, Stratum, differences, percentile_interval, replicates
 
@@ -32,7 +33,7 @@ def height(curve: Sequence[Point], x: float) -> float:
     """C(x): between two points of an envelope on a straight line; level before the first; 0 beyond the last."""
     if x <= curve[0][0]:
         return curve[0][1]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(curve):
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return 0.0
@@ -52,17 +53,16 @@ def area(points: Sequence[Point], low: float, high: float) -> float:
     curve = envelope(points)
     if high <= low:
         return height(curve, low)
-    edges = sorted({low, high, *(x for x, _ in curve if low < x < high)})
-    total = sum((b - a) * (height(curve, a) + height(curve, b)) / 2 for a, b in zip(edges, edges[1:], strict=False))
+    end = max(low, min(high, curve[-1][0]))  # beyond, C is 0
+    edges = sorted({low, end, *(x for x, _ in curve if low < x < end)})
+    total = sum((b - a) * (height(curve, a) + height(curve, b)) / 2 for a, b in pairwise(edges))
     return total / (high - low)
 
 
-def reach(points: Sequence[Point], floor: float) -> float | None:
-    """The largest x that is attained with y of at least ``floor`` on the envelope; ``None`` if it lies below that."""
+def reach(points: Sequence[Point], floor: float) -> float:
+    """The largest x that is attained with y of at least ``floor`` on the envelope, which begins above it."""
     curve = envelope(points)
-    if curve[0][1] < floor:
-        return None
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(curve):
         if y1 < floor:
             return x0 + (x1 - x0) * (y0 - floor) / (y0 - y1)
     return curve[-1][0]

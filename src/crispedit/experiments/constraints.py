@@ -1,14 +1,16 @@
 """The constraints that are compared. One function each: curvature of a matrix in, what becomes of a gradient out.
 
 To add one, write a function of a :class:`Known` curvature and the energies γ, and decorate it with
-:func:`constraint`; its name with ``-`` for ``_`` is its name on the command line. It returns a cut: a
-:class:`KroneckerCut` (weights on the directions of a Kronecker eigenbasis) or a :class:`DenseCut` (eigenvectors removed).
+:func:`constraint`; its name with ``-`` for ``_`` is its name on the command line. It returns a cut:
+a :class:`KroneckerCut` (weights on the directions of a Kronecker eigenbasis) or a :class:`DenseCut` (eigenvectors
+removed).
 Where curvatures are cut is :mod:`crispedit.threshold`'s and :mod:`crispedit.subspace`'s to say, as for language models.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -185,7 +187,7 @@ class DenseCut:
         flat = gradients.flatten(1)
         left = flat.clone()
         edges = [0, *sorted({*self.removed} - {0})]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             concerned = [k for k, count in enumerate(self.removed) if count > start]
             U = self.vectors[:, start:end]
             left[concerned] -= (flat[concerned] @ U) @ U.T
@@ -271,7 +273,7 @@ def chosen_constraints(names: str | None, *, dense: bool) -> list[Constraint]:
 
 @constraint("no constraint")
 def none(known: Known, energies: Sequence[float]) -> Cut:
-    """Plain fine-tuning; γ means nothing to it, so it is slowed down instead, as anyone would who wants to keep more."""
+    """Plain fine-tuning; γ means nothing to it, so it is slowed down, as by anyone who wants to keep more."""
     return Slowed(len(energies))
 
 

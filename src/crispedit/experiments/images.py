@@ -26,7 +26,9 @@ NAMES = {
 }
 """Both data sets, and how their files and folders may be called."""
 HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
-TYPES = {0x08: np.dtype(np.uint8)}
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+BYTES = 0x08
+"""The type of the elements of an idx file."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def digits() -> Tasks:
-    """Scikit-learn's 1,797 digits of 8 × 8 pixels, scaled to 28 × 28 by bilinear interpolation; every fourth is for test.
+    """Scikit-learn's 1,797 digits of 8 × 8 pixels, scaled to 28 × 28 by bilinear interpolation, every fourth for test.
 
     Returns:
         0 to 4 as the capability; 5 to 9, labelled 0 to 4, as what is to be learned.
@@ -158,9 +160,9 @@ def _of_directory(directory: Path, name: str) -> Task:
 def _from_npz(file: Path, name: str) -> Task:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            parts = [arrays[key] for key in ("x_train", "y_train", "x_test", "y_test")]
-    except KeyError as error:
-        raise ConfigError(f"'{file}' has no array {error}; it needs x_train, y_train, x_test and y_test") from error
+            if missing := [key for key in ARRAYS if key not in arrays]:
+                raise ConfigError(f"'{file}' has no array {missing[0]}; it needs {', '.join(ARRAYS)}")
+            parts = [arrays[key] for key in ARRAYS]
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"'{file}' is no .npz file of arrays: {' '.join(str(error).split())}") from error
     return _task(name, parts, str(file))
@@ -183,7 +185,7 @@ def _idx_file(folder: Path, stem: str) -> Path:
 
 
 def read_idx(file: Path) -> np.ndarray[Any, Any]:
-    """Reads an idx file of bytes: two zero bytes, a type, the number of dimensions, these as big-endian int32, the data.
+    """Reads an idx file of bytes: 0, 0, a type, the number of dimensions, these as big-endian int32, the data.
 
     Args:
         file: Gzipped if its name ends in .gz.
@@ -200,7 +202,7 @@ def read_idx(file: Path) -> np.ndarray[Any, Any]:
             data = stream.read()
     except (OSError, EOFError) as error:
         raise ConfigError(f"cannot read '{file}': {error}") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in TYPES or len(data) < 4 + 4 * data[3]:
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != BYTES or len(data) < 4 + 4 * data[3]:
         raise ConfigError(f"'{file}' is no idx file of bytes")
     shape = tuple(int(n) for n in np.frombuffer(data, ">i4", data[3], 4))
     start = 4 + 4 * data[3]

@@ -63,8 +63,8 @@ class Division:
 
     @torch.no_grad()
     def inputs(self, images: Tensor) -> Tensor:
-        """a of uint8 images: (n, d_in) float32, computed in chunks; it is the same whatever W becomes."""
-        return torch.cat([self.below(normalised(part)) for part in images.split(CHUNK)])
+        """What the matrix is given, a, of uint8 images: (n, d_in) float32; the same whatever W becomes."""
+        return torch.cat([self.below(normalised(part)) for part in torch.split(images, CHUNK)])
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ def pretrained(
     settings = settings or Pretraining()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train), generator=generator)
-    held, kept = order.split(
-        [round(settings.validation * len(train)), len(train) - round(settings.validation * len(train))]
-    )
+    count = round(settings.validation * len(train))
+    held, kept = order[:count], order[count:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = lenet(classes, activation)
@@ -132,7 +131,7 @@ def pretrained(
     best, state = -1.0, {}
     for epoch in range(settings.epochs):
         progress("pretraining, epochs", epoch, settings.epochs)
-        for indices in kept[torch.randperm(len(kept), generator=generator)].split(settings.batch_size):
+        for indices in torch.split(kept[torch.randperm(len(kept), generator=generator)], settings.batch_size):
             batch = train.take(indices)
             loss = nn.functional.cross_entropy(network(normalised(batch.images)), batch.labels)
             if not math.isfinite(loss.item()):
@@ -153,6 +152,6 @@ def pretrained(
 def accuracy(network: nn.Module, data: Labelled) -> float:
     """Share of images that are classified rightly, 0 to 1."""
     right = 0
-    for images, labels in zip(data.images.split(CHUNK), data.labels.split(CHUNK), strict=True):
+    for images, labels in zip(torch.split(data.images, CHUNK), torch.split(data.labels, CHUNK), strict=True):
         right += int((network(normalised(images)).argmax(1) == labels).sum())
     return right / len(data)

@@ -47,11 +47,12 @@ def figure_of(result: Mapping[str, Any]) -> "Figure":
     text: dict[str, Any] = {"color": INK, "va": "top"}
     settings, networks = result["settings"], result["networks"]
     names = ("digits 0–4", "digits 5–9") if settings["data"] == "digits" else ("MNIST", "Fashion-MNIST")
-    title = f"What is learned and what is kept: LeNet-5 ({settings['activation']}), {names[0]} to {names[1]}, {settings['matrix']} edited"
+    title = f"What is learned and what is kept: {names[0]} to {names[1]}, LeNet-5 with {settings['activation']}"
+    title += f", {settings['matrix']} edited"
     figure.text(0.055, 0.965, title, fontsize=14, fontweight="bold", **text)
     under = (
-        f"Points: γ from 0.2 (right) to 1 (left), of 'no constraint' the learning rate; means of {len(networks)} networks, "
-        "bands from the least to the greatest of them. In the legend: area under the curve."
+        f"Points: γ from 0.2 (right) to 1 (left), of 'no constraint' the learning rate; means of {len(networks)} seeds."
+        " Bands: from the least to the greatest of them. Legend: area under the curve."
     )
     figure.text(0.055, 0.91, under, fontsize=9, **text)
     curves = _curves(result)

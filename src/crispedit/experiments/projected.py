@@ -51,7 +51,7 @@ class Above:
     layers: nn.Module
 
     def logits(self, W: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """y (n, K, d_out) and z (n, K, classes) of K matrices W (K, d_out, d_in); z is differentiable in y."""
+        """Outputs y (n, K, d_out) and logits z (n, K, classes) of W (K, d_out, d_in), z differentiable in y."""
         y = (inputs @ W.flatten(0, 1).T).view(len(inputs), *W.shape[:2]) + self.bias
         y.requires_grad_()
         return y, self.layers(y)
@@ -93,7 +93,7 @@ def descend(
     rates = settings.lr * cut.rates
     for epoch in range(settings.epochs):
         tick(epoch, settings.epochs)
-        for indices in torch.randperm(len(data.labels), generator=generator).split(settings.batch_size):
+        for indices in torch.split(torch.randperm(len(data.labels), generator=generator), settings.batch_size):
             W -= rates * cut.step(gradients(W, above, data.inputs[indices], data.labels[indices]))
         if not math.isfinite(float(W.sum())):
             raise NumericsError(f"fine-tuning diverged in epoch {epoch + 1}: lower --lr")
@@ -133,7 +133,7 @@ def scores(W: Tensor, above: Above, data: Inputs, base: Tensor | None = None) ->
         Accuracies, 0 to 1; and capability drifts, the mean KL(base ‖ edited) in nats an image (empty without a base).
     """
     right, drift = torch.zeros(len(W)), torch.zeros(len(W), dtype=torch.float64)
-    for inputs, labels in zip(data.inputs.split(CHUNK), data.labels.split(CHUNK), strict=True):
+    for inputs, labels in zip(torch.split(data.inputs, CHUNK), torch.split(data.labels, CHUNK), strict=True):
         z = above.logits(W, inputs)[1]
         right += (z.argmax(2) == labels[:, None]).sum(0)
         if base is not None:

@@ -95,4 +95,5 @@ def _angles(vectors: Tensor, U_G: Tensor, U_A: Tensor, pairs: Tensor) -> Tensor:
     """Principal angles, in radians, between orthonormal columns (n, k) and k pairs of a Kronecker eigenbasis."""
     X = vectors.T.reshape(-1, len(U_G), len(U_A))
     inside = (U_G.T @ X @ U_A).flatten(1)[:, pairs]
-    return torch.linalg.svdvals(inside.double()).clamp(max=1).acos()
+    angles: Tensor = torch.linalg.svdvals(inside.double()).clamp(max=1).acos()
+    return angles

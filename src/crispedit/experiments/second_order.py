@@ -1,4 +1,4 @@
-"""The comparison: pretrained networks, then every constraint and seed, piece by piece, in a directory that survives a kill.
+"""The comparison: networks, then every constraint and seed, piece by piece, in a directory that survives a kill.
 
 A *piece* is one constraint at one seed, with all its energies γ; a seed is a pretrained network, a subset of its
 training images for the curvature, and an order of the new images, the same for all constraints. What is done is a file,
@@ -7,7 +7,7 @@ written whole or not at all; the same command goes on after it.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..artifacts import check_writable, read_json, write_json, write_tensors
-from ..errors import ArtifactError, ConfigError, check_choice
+from ..errors import ArtifactError, ConfigError, Interrupted, check_choice
 from ..progress import Progress, log, no_progress
 from ..threshold import check_energy
 from .constraints import Constraint, DenseCut, Known, KroneckerCut, chosen_constraints
@@ -36,10 +36,30 @@ EXACT_MOST = 0.998
 """The largest γ of the exact constraints. A tenth of all eigenvectors hold it, and take half a minute; all, minutes."""
 
 
-def grid(count: int) -> list[float]:
-    """γ = 1 − 10^v at ``count`` values of v, falling: from 1 − 10⁻⁷ to 0.2057."""
-    v = torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64)
-    return [float(energy) for energy in 1 - 10**v]
+def parse_energies(text: str) -> list[float]:
+    """The values of γ that a text asks for.
+
+    Args:
+        text: How many, for γ = 1 − 10^v with so many values of v (from 1 − 10⁻⁷ to 0.2057); or γ, γ, …
+
+    Returns:
+        γ, falling.
+
+    Raises:
+        ConfigError: It is neither, or a γ is outside [0, 1).
+    """
+    if text.strip().isdigit() and int(text) > 0:
+        v = torch.linspace(LOWEST, HIGHEST, int(text), dtype=torch.float64)
+        return [float(energy) for energy in 1 - 10**v]
+    try:
+        found = sorted({float(part) for part in text.split(",")}, reverse=True)
+    except ValueError:
+        found = []
+    if not found or "." not in text:
+        raise ConfigError(f"energies is '{text}'; it must be a number of values, or values such as 0.5,0.9,0.99")
+    for energy in found:
+        check_energy(energy)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +71,7 @@ class Settings:
         matrix: ``fc1`` or ``fc2``.
         activation: ``relu`` or ``tanh``.
         share: Of the pretraining images, for the curvature.
-        energies: How many values of γ.
+        energies: γ, falling.
         pretraining: Of the networks.
         descent: Of the fine-tuning.
     """
@@ -60,13 +80,13 @@ class Settings:
     matrix: str
     activation: str
     share: float
-    energies: int
+    energies: list[float]
     pretraining: Pretraining
     descent: Descent
 
     @classmethod
     def of(
-        cls, data: str, *, matrix: str, activation: str, energies: int, lr: float | None, epochs: int | None
+        cls, data: str, *, matrix: str, activation: str, energies: str, lr: float | None, epochs: int | None
     ) -> "Settings":
         """The defaults for a source of data, a few of them chosen.
 
@@ -79,8 +99,10 @@ class Settings:
             data == "digits"
         )  # a hundredth of the images: more passes, smaller batches, all of them for the curvature
         descent = Descent(epochs=60, batch_size=32) if small else Descent()
-        descent = replace(descent, **{k: v for k, v in (("lr", lr), ("epochs", epochs)) if v is not None})
-        for name, value in (("energies", energies), ("epochs", descent.epochs), ("lr", descent.lr)):
+        descent = replace(
+            descent, lr=descent.lr if lr is None else lr, epochs=descent.epochs if epochs is None else epochs
+        )
+        for name, value in (("epochs", descent.epochs), ("lr", descent.lr)):
             if not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be more than 0")
         return cls(
@@ -88,7 +110,7 @@ class Settings:
             matrix=matrix,
             activation=activation,
             share=1.0 if small else 0.15,
-            energies=energies,
+            energies=parse_energies(energies),
             pretraining=Pretraining(epochs=30, batch_size=32, lr=0.05) if small else Pretraining(epochs=12, lr=0.05),
             descent=descent,
         )
@@ -226,7 +248,7 @@ class Seed:
         )
 
     def _qualities(self, constraint: Constraint, cut: DenseCut, energies: Sequence[float]) -> dict[str, Any]:
-        """Beside the exact GNH, what every hard Kronecker constraint is worth: its eigenvectors are at hand only now."""
+        """Beside the exact GNH, while its eigenvectors are at hand: what every hard Kronecker constraint is worth."""
         if constraint.name != "gnh":
             return {}
         found = {}
@@ -268,8 +290,6 @@ class LenetJob:
             raise ConfigError(
                 f"fc1 has 30,720 weights, too many for exact curvature: leave out {' and '.join(exact)}, or edit fc2"
             )
-        for energy in grid(self.settings.energies):
-            check_energy(energy)
         check_writable(self.out, overwrite=True)
         if self.out.is_dir() and any(self.out.iterdir()):
             begun = self.out / SETTINGS
@@ -287,7 +307,7 @@ class LenetJob:
 
     def energies(self, constraint: Constraint) -> list[float]:
         """γ of a constraint."""
-        every = grid(self.settings.energies)
+        every = self.settings.energies
         return [energy for energy in every if energy <= EXACT_MOST] if constraint.dense else every
 
     def run(self, progress: Progress = no_progress) -> dict[str, Any]:
@@ -297,31 +317,39 @@ class LenetJob:
             progress: Told of networks, pieces, and epochs within.
 
         Returns:
-            ``{"settings", "networks": [{"test", "validation", "edit_before"}], "pieces": {name: [piece of every seed]}}``.
+            ``{"settings", "networks", "pieces"}``: of every seed ``{"test", "validation", "edit_before"}``, accuracies
+            from 0 to 1; and per constraint the pieces of every seed.
 
         Raises:
             ConfigError: The data cannot be used.
             ArtifactError: A file cannot be written, or is broken.
+            Interrupted: By Ctrl-C; what is done is kept.
         """
         tasks = self.tasks()
         write_json(self.out / SETTINGS, self.settings.record())
-        networks, pieces = [], dict[str, list[dict[str, Any]]]()
-        total, done = self.seeds * len(self.constraints), 0
-        for number in range(self.seeds):
-            network, about = self._network(tasks, number, progress)
-            networks.append(about)
-            seed = Seed(network, tasks, self.settings, number)
-            for constraint in self.constraints:
-                progress("constraints × seeds", done, total)
-                file = self.out / f"{constraint.name}-{number}.json"
-                if not file.is_file():
-                    piece = seed.piece(constraint, self.energies(constraint), progress)
-                    write_json(file, asdict(piece))
-                    log.info("%s, seed %d: %.0f s", constraint.title, number, sum(piece.seconds.values()))
-                pieces.setdefault(constraint.name, []).append(_read_piece(file))
-                done += 1
-        progress("constraints × seeds", total, total)
+        networks: list[dict[str, float]] = []
+        pieces: dict[str, list[dict[str, Any]]] = {constraint.name: [] for constraint in self.constraints}
+        try:
+            for number in range(self.seeds):
+                network, about = self._network(tasks, number, progress)
+                networks.append(about)
+                self._pieces(Seed(network, tasks, self.settings, number), pieces, progress)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what is done is in '{self.out}': the same command goes on") from None
         return {"settings": self.settings.record(), "networks": networks, "pieces": pieces}
+
+    def _pieces(self, seed: Seed, pieces: Mapping[str, list[dict[str, Any]]], progress: Progress) -> None:
+        """Adds the pieces of one seed, of every constraint: read, or made and kept."""
+        total = self.seeds * len(self.constraints)
+        for position, constraint in enumerate(self.constraints):
+            progress("constraints × seeds", seed.number * len(self.constraints) + position, total)
+            file = self.out / f"{constraint.name}-{seed.number}.json"
+            if not file.is_file():
+                piece = seed.piece(constraint, self.energies(constraint), progress)
+                write_json(file, asdict(piece))
+                log.info("%s, seed %d: %.0f s", constraint.title, seed.number, sum(piece.seconds.values()))
+            pieces[constraint.name].append(_read_piece(file))
+        progress("constraints × seeds", (seed.number + 1) * len(self.constraints), total)
 
     def _network(self, tasks: Tasks, number: int, progress: Progress) -> tuple[nn.Sequential, dict[str, float]]:
         """The pretrained network of a seed: read, or trained and kept."""
