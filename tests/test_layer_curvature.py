@@ -93,7 +93,7 @@ def test_sums_over_chunks_are_those_of_one(monkeypatch):
 
 
 def test_kfac_factors_are_those_of_curvlinops():
-    """Type 2: expectation over labels, exactly. curvlinops takes the mean's scale out of the gradients' factor itself."""
+    """Type 2: expectation over labels, exactly. curvlinops takes the scale of the mean out of the factor itself."""
     layer = layer_of()
     for fisher, (A, G) in (("type-2", layer.factors(layer.roots())), ("empirical", layer.empirical_factors())):
         operator = KFACLinearOperator(*operator_inputs(layer), fisher_type=fisher, check_deterministic=False)
@@ -131,7 +131,7 @@ def test_optimal_factors_are_the_leading_singular_pair_of_the_rearrangement():
 
 
 def test_the_null_space_of_activation_covariance_is_inside_that_of_the_gnh():
-    """Proposition 1 of CrispEdit: a direction X that no input feels, X a_n = 0 for all n, has no curvature; not only so.
+    """Proposition 1 of CrispEdit: a direction X that no input feels, X a_n = 0 for all n, has no curvature.
 
     Inputs of rank 4 of 7 leave 5 · 3 such directions. Eigenvalues of matrices of norm 1 are right to 1e-14; null ones
     are told from others, which begin at 1e-6 here, by 1e-10.

@@ -68,12 +68,17 @@ def test_the_epoch_that_is_kept_is_the_best_on_images_held_out(tasks):
 # ---------------------------------------------------------------- end to end
 
 
+def command(directory: Path, seeds: int = 2, constraints: str = FEW) -> list[str]:
+    """As it is given more than once in the same directory."""
+    options = f"--seeds {seeds} --constraints {constraints} --energies 4 --epochs 3"
+    return ["lenet", "--out", f"{directory}/out", *options.split()]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run of the program on the digits."""
     directory = tmp_path_factory.mktemp("lenet")
-    command = f"lenet --out {directory}/out --seeds 2 --constraints {FEW} --energies 4 --epochs 3 --json {directory}/result.json"
-    assert cli._run([*command.split(), "--plot", f"{directory}/plot.svg"]) == 0
+    assert cli._run([*command(directory), "--json", f"{directory}/result.json", "--plot", f"{directory}/plot.svg"]) == 0
     return directory
 
 
@@ -91,15 +96,12 @@ def test_the_program_compares_constraints_on_the_digits(finished):
     assert (finished / "plot.svg").stat().st_size > 10_000
 
 
-def test_pieces_that_are_there_are_not_made_again(finished, monkeypatch):
+def test_pieces_that_are_there_are_not_made_again(finished):
     kept = {path: path.stat().st_mtime_ns for path in (finished / "out").iterdir() if path.name != "settings.json"}
     lost = finished / "out" / "ekfac-1.json"
     before = json.loads(lost.read_text())
     lost.unlink()
-    command = (
-        f"lenet --out {finished}/out --seeds 2 --constraints {FEW} --energies 4 --epochs 3 --json {finished}/again.json"
-    )
-    assert cli._run(command.split()) == 0
+    assert cli._run(command(finished)) == 0
     assert {p: p.stat().st_mtime_ns for p in kept if p != lost} == {p: t for p, t in kept.items() if p != lost}
     after = json.loads(lost.read_text())
     assert [after[key] for key in ("edit", "capability", "removed")] == [
@@ -114,15 +116,15 @@ def test_an_interrupted_run_keeps_what_is_done(finished, tmp_path, monkeypatch, 
     (tmp_path / "out").mkdir()
     for name in ("settings.json", "network-0.safetensors"):
         shutil.copy(finished / "out" / name, tmp_path / "out")
-    command = f"lenet --out {tmp_path}/out --seeds 1 --constraints none,kfac --energies 4 --epochs 3"
+    again = command(tmp_path, 1, "none,kfac")
     with monkeypatch.context() as patched:
         patched.setitem(CONSTRAINTS, "kfac", type(CONSTRAINTS["kfac"])("kfac", "K-FAC", interrupted))
-        assert cli._run(command.split()) == 130
+        assert cli._run(again) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "network-0.safetensors", "none-0.json", "settings.json",
     ]  # fmt: skip
-    assert cli._run(command.split()) == 0
+    assert cli._run(again) == 0
 
 
 def test_the_picture_has_a_curve_and_a_place_in_the_legend_for_each(finished):
@@ -135,7 +137,8 @@ def test_the_picture_has_a_curve_and_a_place_in_the_legend_for_each(finished):
     for axes in figure.axes:
         styles = [(line.get_color(), line.get_marker()) for line in axes.get_lines()]
         assert len(set(styles)) == len(labels)
-        assert axes.get_xlabel() and axes.get_ylabel()
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
     figure.draw_without_rendering()
     assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
 
@@ -237,10 +240,9 @@ def test_a_directory_begun_with_other_settings_is_refused(finished, capsys):
 @pytest.mark.parametrize("name", ["network-0.safetensors", "none-0.json"])
 def test_a_broken_piece_is_named(name, finished, tmp_path, capsys):
     shutil.copytree(finished / "out", tmp_path / "out")
-    command = f"lenet --out {tmp_path}/out --seeds 1 --constraints none --energies 4 --epochs 3".split()
     (tmp_path / "out" / name).write_text('{"a": 1}')
     capsys.readouterr()
-    assert cli._run(command) == 2
+    assert cli._run(command(tmp_path, 1, "none")) == 2
     assert f"{name}' is no" in capsys.readouterr().err
 
 
