@@ -15,7 +15,7 @@ from crispedit.experiments.constraints import CONSTRAINTS, chosen_constraints
 from crispedit.experiments.images import Labelled, digits, normalised
 from crispedit.experiments.lenet import Division, Pretraining, accuracy, lenet, pretrained
 from crispedit.experiments.picture import figure_of
-from crispedit.experiments.second_order import LenetJob, Settings, parse_energies
+from crispedit.experiments.second_order import LenetJob, Seed, Settings, parse_energies
 from crispedit.experiments.summary import summarise
 from reference import relative
 
@@ -141,6 +141,19 @@ def test_the_picture_has_a_curve_and_a_place_in_the_legend_for_each(finished):
         assert axes.get_ylabel()
     figure.draw_without_rendering()
     assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(("matrix", "activation"), [("fc1", "relu"), ("fc2", "tanh")])
+def test_other_matrices_and_activations_run_through_the_same_code(matrix, activation, tasks):
+    torch.manual_seed(0)
+    network = lenet(tasks.classes, activation).requires_grad_(False)
+    seed = Seed(network, tasks, settings(matrix=matrix, activation=activation, epochs=1), 0)
+    free = seed.piece(CONSTRAINTS["none"], [0.9])
+    for name in ("kfac", "ekfac", "optimal-kronecker"):
+        piece = seed.piece(CONSTRAINTS[name], [0.9])
+        assert 0 < piece.removed[0] < seed.division.weight.numel()
+        assert piece.drift[0] < free.drift[0], "what is curved is left alone"
+        assert 0 < piece.moved[0] < free.moved[0]
 
 
 # ---------------------------------------------------------------- findings

@@ -1,6 +1,6 @@
 """The picture of the comparison: what must stay against what is learned, a curve per constraint with a band over seeds.
 
-Left the whole range, right its upper end, where constraints differ. Curves join the means over seeds of both
+Left the whole range, right its upper corner, where constraints differ. Curves join the means over seeds of both
 accuracies, γ by γ; bands are the range of seeds of the envelope between them. Constraints differ in colour and in
 marker. matplotlib is an optional extra: only what draws imports it.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..plot import INK, check_plot, save_figure
-from ..scatter import COLOURS, MARKERS
-from .area import envelope, height
-from .summary import points_of
+from ..scatter import COLOURS, FRONT, MARKERS
+from .area import Point, envelope, height
+from .summary import PLAIN, points_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 STEPS = 200
 """Places along a curve at which seeds are compared."""
-KEPT_ABOVE = 0.9
-"""The right panel begins at this capability accuracy, as a share of what it was."""
+KEPT_WITHIN = 0.045
+"""The right panel shows what loses no more capability accuracy than this."""
 
 
 def draw_second_order(result: Mapping[str, Any], path: Path) -> None:
@@ -58,22 +58,16 @@ def figure_of(result: Mapping[str, Any]) -> "Figure":
     curves = _curves(result)
     boxes = ((0.055, 0.11, 0.335, 0.74), (0.445, 0.11, 0.335, 0.74))
     most = max(height(curve, x) for _, of_seeds in curves.values() for curve, x in ((c, c[0][0]) for c in of_seeds))
+    low, high = result["range"]
     for panel, box in enumerate(boxes):
         axes = figure.add_axes(box)
-        for number, (name, (points, of_seeds)) in enumerate(curves.items()):
-            _draw(
-                axes,
-                points,
-                of_seeds,
-                number,
-                f"{result['constraints'][name]['title']}: {result['constraints'][name]['auc']:.4f}",
-            )
+        for name, (points, of_seeds) in curves.items():
+            of_name = result["constraints"][name]
+            _draw(axes, points, of_seeds, _style(name, list(curves)), f"{of_name['title']}: {of_name['auc']:.4f}")
         _finish(axes, names)
         if panel:
-            bottom = KEPT_ABOVE * most
-            inside = [x for points, _ in curves.values() for x, y in points if y >= bottom]
-            axes.set_ylim(bottom, most + (most - bottom) / 30)
-            axes.set_xlim(min(inside) - 0.01, max(inside) + 0.03)
+            axes.set_ylim(most - KEPT_WITHIN, most + KEPT_WITHIN / 30)
+            axes.set_xlim((low + high) / 2, high + (high - low) / 30)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: -float(labels[i].rsplit(" ", 1)[1]))
     figure.legend(
@@ -83,7 +77,7 @@ def figure_of(result: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _curves(result: Mapping[str, Any]) -> dict[str, tuple[list[tuple[float, float]], list[list[tuple[float, float]]]]]:
+def _curves(result: Mapping[str, Any]) -> dict[str, tuple[list[Point], list[list[Point]]]]:
     """Per constraint: the means over seeds of its points, and the envelope of every seed."""
     pieces = {name: one["seeds"] for name, one in result["constraints"].items()}
     found = {}
@@ -94,20 +88,30 @@ def _curves(result: Mapping[str, Any]) -> dict[str, tuple[list[tuple[float, floa
     return found
 
 
+def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """How a constraint is drawn: none at all in grey, the others in the palette's colours, then in these again, dashed."""
+    if name == PLAIN:
+        return {"color": FRONT, "marker": "o"}
+    number = [other for other in names if other != PLAIN].index(name)
+    style: dict[str, Any] = {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[1:][number % (len(MARKERS) - 1)],
+        "linestyle": (0, (4, 2)) if number >= len(COLOURS) else "-",
+    }
+    # the Hessian's curve lies under the GNH's where both are the same: it is seen beside it
+    return style | {"linewidth": 6, "alpha": 0.3, "markersize": 9} if name == "hessian" else style
+
+
 def _draw(
-    axes: "Axes", points: Sequence[tuple[float, float]], of_seeds: Sequence[Any], number: int, label: str
+    axes: "Axes", points: Sequence[Point], of_seeds: Sequence[Sequence[Point]], style: Mapping[str, Any], label: str
 ) -> None:
-    colour = COLOURS[number % len(COLOURS)]
-    marker = MARKERS[number % len(MARKERS)]
-    dashed = (0, (4, 2)) if number >= len(COLOURS) else "-"  # a colour that comes again is told by its line as well
     low, high = max(curve[0][0] for curve in of_seeds), min(curve[-1][0] for curve in of_seeds)
     xs = [low + (high - low) * step / STEPS for step in range(STEPS + 1)]
     heights = [[height(curve, x) for curve in of_seeds] for x in xs]
-    axes.fill_between(xs, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.13, linewidth=0)
-    axes.plot(
-        *zip(*points, strict=True), color=colour, marker=marker, markersize=5, markeredgecolor="white",
-        markeredgewidth=0.5, linewidth=1.4, linestyle=dashed, label=label,
-    )  # fmt: skip
+    ends = [min(h) for h in heights], [max(h) for h in heights]
+    axes.fill_between(xs, *ends, color=style["color"], alpha=0.08, linewidth=0)
+    line: dict[str, Any] = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "linewidth": 1.4}
+    axes.plot(*zip(*points, strict=True), label=label, **(line | dict(style)))
 
 
 def _finish(axes: "Axes", names: tuple[str, str]) -> None:

@@ -140,7 +140,7 @@ def scores(W: Tensor, above: Above, data: Inputs, base: Tensor | None = None) ->
             before = above.logits(base[None], inputs)[1].log_softmax(2)
             drift += (before.exp() * (before - z.log_softmax(2))).sum((0, 2)).double()
     n = len(data.labels)
-    return (right / n).tolist(), [] if base is None else (drift / n).tolist()
+    return (right.double() / n).tolist(), [] if base is None else (drift / n).tolist()
 
 
 def moved(W: Tensor, start: Tensor) -> list[float]:

@@ -59,7 +59,7 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
                 **dict(zip(("auc", "low", "high"), of_area, strict=True)),
                 "within_a_point": dict(zip(("value", "low", "high"), of_reach, strict=True)),
                 "aucs": areas[name],
-                "seeds": [{key: value for key, value in one.items() if key != "notes"} for one in pieces[name]],
+                "seeds": [_rounded(one) for one in pieces[name]],
             }
             for name, of_area, of_reach in told
         },
@@ -74,6 +74,19 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         "networks": networks,
         "settings": found["settings"],
     }
+
+
+def _rounded(piece: Mapping[str, Any]) -> dict[str, Any]:
+    """A piece for a file that people look at: six digits, but of γ; without its notes."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [short(one) for one in value]
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    return {key: value if key == "energies" else short(value) for key, value in piece.items() if key != "notes"}
 
 
 def points_of(networks: Sequence[Mapping[str, float]], pieces: Mapping[str, Any], name: str) -> list[list[Point]]:
