@@ -89,7 +89,7 @@ def _curves(result: Mapping[str, Any]) -> dict[str, tuple[list[Point], list[list
 
 
 def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """How a constraint is drawn: none at all in grey, the others in the palette's colours, then in these again, dashed."""
+    """How a constraint is drawn: none at all in grey, the others in the palette's colours, then these again, dashed."""
     if name == PLAIN:
         return {"color": FRONT, "marker": "o"}
     number = [other for other in names if other != PLAIN].index(name)
