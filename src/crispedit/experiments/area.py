@@ -6,10 +6,11 @@ is attainable is their upper envelope: the points that no other beats in both, j
 
     C(x),  AUC = 1 / (x₁ − x₀) ∫ C(x) dx   from x₀ to x₁,
 
-so 1 means that everything learned cost nothing. Its range is the same for all constraints and seeds: from the largest
-edit accuracy of a network as it was to the smallest of plain fine-tuning. Where several seeds were run the interval
-is the percentile bootstrap of their mean (:mod:`crispedit.statistics`), paired by seed for differences. With five seeds
-it is a little too narrow; it says how much seeds differ, not more.
+so 1 means that everything learned cost nothing. The range is the same for all constraints and seeds: from the largest
+edit accuracy of a network as it was to the smallest of plain fine-tuning. (A range of its own for every seed, from its
+network to its plain fine-tuning, is the other choice; :mod:`.summary` has both.) The interval is the percentile
+bootstrap of the mean over seeds (:mod:`crispedit.statistics`), paired by seed for differences. With five seeds it is a
+little too narrow; it says how much seeds differ, not more.
 """
 
 from collections.abc import Sequence

@@ -33,9 +33,10 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         found: As :meth:`crispedit.experiments.second_order.LenetJob.run` returns it.
 
     Returns:
-        ``pretrain_accuracy`` (mean over seeds, 0 to 1), ``range`` of edit accuracies, and per constraint ``auc`` with
-        ``low`` and ``high``, ``within_a_point`` (the same of the edit accuracy attained while capability loses no more
-        than :data:`LOST`), and the pieces; ``differences`` of areas; ``findings``; ``quality`` against the exact GNH.
+        ``pretrain_accuracy`` (mean over seeds, 0 to 1), ``range`` of edit accuracies, ``differences`` of areas,
+        ``findings``, ``quality`` against the exact GNH, ``checks`` of the exact curvatures; and per constraint ``auc``
+        with ``low`` and ``high``, ``within_a_point`` (the same of the edit accuracy attained while capability loses no
+        more than :data:`LOST`), ``own_range`` (the same of areas, each over the range of its own seed), and the pieces.
     """
     networks, pieces = found["networks"], found["pieces"]
     points = {name: points_of(networks, pieces, name) for name in pieces}
@@ -48,7 +49,11 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         name: [reach(one, floor) for one, floor in zip(of_seeds, floors, strict=True)]
         for name, of_seeds in points.items()
     }
-    told = zip(pieces, intervals(list(areas.values())), intervals(list(reached.values())), strict=True)
+    ends = list(zip(before, after, strict=True))
+    own = {
+        name: [area(one, *end) for one, end in zip(of_seeds, ends, strict=True)] for name, of_seeds in points.items()
+    }
+    told = zip(pieces, *(intervals(list(values.values())) for values in (areas, reached, own)), strict=True)
     differing = _differences(areas)
     return {
         "pretrain_accuracy": sum(network["test"] for network in networks) / len(networks),
@@ -58,10 +63,11 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
                 "title": CONSTRAINTS[name].title,
                 **dict(zip(("auc", "low", "high"), of_area, strict=True)),
                 "within_a_point": dict(zip(("value", "low", "high"), of_reach, strict=True)),
+                "own_range": dict(zip(("value", "low", "high"), of_own, strict=True)),
                 "aucs": areas[name],
                 "seeds": [_rounded(one) for one in pieces[name]],
             }
-            for name, of_area, of_reach in told
+            for name, of_area, of_reach, of_own in told
         },
         "differences": {name: asdict(difference) for name, difference in differing.items()},
         "findings": findings(areas, differing),
