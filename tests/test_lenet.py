@@ -164,7 +164,13 @@ def made_up(**areas: list[tuple[float, float]]) -> dict:
 
     def piece(points):
         edit, capability = zip(*points, strict=True)
-        return {"edit": list(edit), "capability": list(capability), "notes": {"difference_from_gnh": 0.0}}
+        drift = [1 - y for y in capability]
+        return {
+            "edit": list(edit),
+            "capability": list(capability),
+            "drift": drift,
+            "notes": {"difference_from_gnh": 0.0},
+        }
 
     return {
         "settings": {},
@@ -197,6 +203,9 @@ def test_without_the_exact_constraints_nothing_is_claimed():
     result = summarise(made_up(none=[(0.9, 0.5)], kfac=[(0.5, 0.97)]))
     assert result["findings"] == {}
     assert result["quality"] == {}
+    assert result["constraints"]["kfac"]["within_drift"]["value"] == pytest.approx(0.1 + 0.4 * 0.01 / 0.03)
+    assert result["constraints"]["kfac"]["within_a_point"]["value"] == pytest.approx(0.1 + 0.4 * 0.01 / 0.03)
+    assert result["constraints"]["kfac"]["own_range"]["value"] == result["constraints"]["kfac"]["auc"]
     assert result["constraints"]["kfac"]["auc"] == pytest.approx(0.4 / 0.8 * 0.985 + 0.4 / 0.8 * 0.735)
 
 

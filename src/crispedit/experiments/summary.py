@@ -10,6 +10,8 @@ from .constraints import CONSTRAINTS
 
 LOST = 0.01
 """How much capability accuracy may be lost when edit accuracies are compared in one number: a point."""
+DRIFT = 0.01
+"""The same of capability drift, in nats an image."""
 PLAIN, EXACT = "none", "gnh"
 COMPARED = {
     "hessian-none": ("hessian", "none"),
@@ -36,7 +38,8 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         ``pretrain_accuracy`` (mean over seeds, 0 to 1), ``range`` of edit accuracies, ``differences`` of areas,
         ``findings``, ``quality`` against the exact GNH, ``checks`` of the exact curvatures; and per constraint ``auc``
         with ``low`` and ``high``, ``within_a_point`` (the same of the edit accuracy attained while capability loses no
-        more than :data:`LOST`), ``own_range`` (the same of areas, each over the range of its own seed), and the pieces.
+        more than :data:`LOST`), ``within_drift`` (while it drifts by no more than :data:`DRIFT`), ``own_range`` (the
+        same of areas, each over the range of its own seed), and the pieces.
     """
     networks, pieces = found["networks"], found["pieces"]
     points = {name: points_of(networks, pieces, name) for name in pieces}
@@ -49,11 +52,12 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         name: [reach(one, floor) for one, floor in zip(of_seeds, floors, strict=True)]
         for name, of_seeds in points.items()
     }
+    within = {name: [reach(one, -DRIFT) for one in of_seeds] for name, of_seeds in drifts_of(networks, pieces).items()}
     ends = list(zip(before, after, strict=True))
     own = {
         name: [area(one, *end) for one, end in zip(of_seeds, ends, strict=True)] for name, of_seeds in points.items()
     }
-    told = zip(pieces, *(intervals(list(values.values())) for values in (areas, reached, own)), strict=True)
+    told = zip(pieces, *(intervals(list(values.values())) for values in (areas, reached, within, own)), strict=True)
     differing = _differences(areas)
     return {
         "pretrain_accuracy": sum(network["test"] for network in networks) / len(networks),
@@ -63,11 +67,12 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
                 "title": CONSTRAINTS[name].title,
                 **dict(zip(("auc", "low", "high"), of_area, strict=True)),
                 "within_a_point": dict(zip(("value", "low", "high"), of_reach, strict=True)),
+                "within_drift": dict(zip(("value", "low", "high"), of_drift, strict=True)),
                 "own_range": dict(zip(("value", "low", "high"), of_own, strict=True)),
                 "aucs": areas[name],
                 "seeds": [_rounded(one) for one in pieces[name]],
             }
-            for name, of_area, of_reach, of_own in told
+            for name, of_area, of_reach, of_drift, of_own in told
         },
         "differences": {name: asdict(difference) for name, difference in differing.items()},
         "findings": findings(areas, differing),
@@ -108,6 +113,17 @@ def points_of(networks: Sequence[Mapping[str, float]], pieces: Mapping[str, Any]
             one.append((plain["edit"][0], plain["capability"][0]))
         found.append(one)
     return found
+
+
+def drifts_of(networks: Sequence[Mapping[str, float]], pieces: Mapping[str, Any]) -> dict[str, list[list[Point]]]:
+    """Per constraint every seed's points (edit accuracy, less its drift), the pretrained network among them."""
+    return {
+        name: [
+            [(network["edit_before"], 0.0), *((x, -y) for x, y in zip(one["edit"], one["drift"], strict=True))]
+            for network, one in zip(networks, of_seeds, strict=True)
+        ]
+        for name, of_seeds in pieces.items()
+    }
 
 
 def _differences(areas: Mapping[str, Sequence[float]]) -> dict[str, Difference]:
