@@ -209,6 +209,18 @@ def test_without_the_exact_constraints_nothing_is_claimed():
     assert result["constraints"]["kfac"]["auc"] == pytest.approx(0.4 / 0.8 * 0.985 + 0.4 / 0.8 * 0.735)
 
 
+def test_the_committed_result_is_a_whole_one():
+    """Of the real data, which tests have no time for; the document and its picture are made from it."""
+    result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "second-order.json").read_text())
+    assert set(result["constraints"]) == set(CONSTRAINTS)
+    assert all(network["test"] >= 0.99 for network in result["networks"])
+    assert all(0 < one["low"] <= one["auc"] <= one["high"] <= 1 for one in result["constraints"].values())
+    assert set(result["findings"]) == {"i", "ii", "iii"}
+    for checks in result["checks"].values():
+        assert all(check["products_against_curvlinops"] < 1e-12 for check in checks)
+    assert all(check["difference_from_gnh"] < 1e-12 for check in result["checks"]["hessian"])
+
+
 # ---------------------------------------------------------------- refusals
 
 

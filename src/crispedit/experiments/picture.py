@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ACTIVATION = {"relu": "ReLU", "tanh": "tanh"}
 STEPS = 200
 """Places along a curve at which seeds are compared."""
 KEPT_WITHIN = 0.045
@@ -47,7 +48,9 @@ def figure_of(result: Mapping[str, Any]) -> "Figure":
     text: dict[str, Any] = {"color": INK, "va": "top"}
     settings, networks = result["settings"], result["networks"]
     names = ("digits 0–4", "digits 5–9") if settings["data"] == "digits" else ("MNIST", "Fashion-MNIST")
-    title = f"What is learned and what is kept: {names[0]} to {names[1]}, LeNet-5 with {settings['activation']}"
+    title = (
+        f"What is learned and what is kept: {names[0]} to {names[1]}, LeNet-5 with {ACTIVATION[settings['activation']]}"
+    )
     title += f", {settings['matrix']} edited"
     figure.text(0.055, 0.965, title, fontsize=14, fontweight="bold", **text)
     under = (
