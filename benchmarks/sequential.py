@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "without history": ("crispedit-seq", {"history_weight": 0}),
     "ft-seq": ("ft-seq", {}),
     "alphaedit": ("alphaedit", {}),
+    "one batch": ("crispedit", {}),  # of all edits: what the model has room for
     # variants
     "token count": ("crispedit-seq", {"history_weight": 1}),
     "weight 10": ("crispedit-seq", {"history_weight": 10}),
@@ -49,6 +50,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "refreshed at 25 %": ("crispedit-seq", {"refresh": 0.25}),
     "mix": ("crispedit-seq", {"history": "mix"}),
     "γ 0.97": ("crispedit-seq", {"energy": 0.97}),
+    "γ 0.99": ("crispedit-seq", {"energy": 0.99}),
+    "without history, γ 0.97": ("crispedit-seq", {"energy": 0.97, "history_weight": 0}),
     "lr 3.5e-3": ("crispedit-seq", {"lr": 3.5e-3}),
     "lr 3.5e-3, token count": ("crispedit-seq", {"lr": 3.5e-3, "history_weight": 1}),
     "published rule, one Adam": ("crispedit-seq", {"update": "projected-gradient", "optimizer": "kept"}),
@@ -57,7 +60,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name, the editor and its settings."""
 COMPARED = ("crispedit-seq", "without history", "ft-seq", "alphaedit")
-ABILITIES = ("arithmetic", "instructions", "multiple_choice", "true_false", "prose")
 RATE, EPOCHS = 2e-3, 25
 """Of the timing."""
 
@@ -90,6 +92,7 @@ class Bench:
         """All rounds by one method, measured three times on the way."""
         editor, settings = METHODS[method]
         loaded, rounds, size = load_model(self.args.model), self.args.rounds, self.args.size
+        in_rounds = {} if editor == "crispedit" else {"round_size": size}
         marks = sorted({max(1, rounds * third // 3) for third in (1, 2, 3)})
         found: dict[str, Any] = {}
 
@@ -107,10 +110,9 @@ class Bench:
                 curvature=self.curvature(seed),
                 texts=self.texts,
                 seed=seed,
-                round_size=size,
                 after_round=after_round,
                 progress=progress,
-                **settings,
+                **{**settings, **in_rounds},
             )
         metrics = result.metrics
         return {

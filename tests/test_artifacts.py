@@ -1,5 +1,9 @@
 """Directories and JSON files are written whole or not at all."""
 
+import logging
+import subprocess
+import sys
+
 import pytest
 
 from crispedit.artifacts import check_space, check_writable, read_json, write_directory, write_json
@@ -54,3 +58,26 @@ def test_json_round_trip_and_broken_json(tmp_path):
         read_json(tmp_path / "b.json")
     with pytest.raises(ArtifactError, match="cannot read"):
         read_json(tmp_path / "c.json")
+
+
+def test_what_a_killed_process_left_is_removed_and_said(tmp_path, caplog):
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from crispedit.artifacts import write_directory
+with write_directory(Path(sys.argv[1])) as building:
+    (building / "half").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    directory = tmp_path / "new"
+    (tmp_path / ".new-backup").mkdir()
+    for name in ("new", "new", "newer"):
+        subprocess.run([sys.executable, "-c", killed, str(tmp_path / name)], check=False)
+    (newer,) = (path for path in tmp_path.iterdir() if path.name.startswith(".newer."))
+    with caplog.at_level(logging.INFO, "crispedit"), write_directory(directory):
+        assert len([path for path in tmp_path.iterdir() if path.name.startswith(".new.")]) == 1
+        with write_directory(directory):  # another process, at the same time
+            assert len([path for path in tmp_path.iterdir() if path.name.startswith(".new.")]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"new", ".new-backup", newer.name}
+    (record,) = caplog.records  # the first one's directory was removed by the second, which said so itself
+    assert record.getMessage().startswith(f"an interrupted command had left {tmp_path / '.new.building-'}")

@@ -9,6 +9,7 @@ import torch
 from crispedit import generation
 from crispedit.errors import EditsError
 from crispedit.judge import Case, is_exact
+from crispedit.models import CACHE
 from crispedit.rows import Prompter
 from families import AWKWARD, CHATML, EXPERTS, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -354,9 +355,9 @@ def test_a_model_that_keeps_no_cache_is_asked_anew():
     generate = model.generate
 
     def forgetful(**inputs):
-        assert inputs["past_key_values"] is None
+        assert inputs[CACHE] is None
         out = generate(**inputs)
-        out.past_key_values = None
+        out[CACHE] = None
         return out
 
     model.generate = forgetful

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
-    "_version errors settings memory artifacts store progress isolated statistics endpoint workers replies bundled "
+    "_version errors settings memory progress artifacts store isolated statistics endpoint workers replies bundled "
     "edits models texts threshold eigen moments patch spectrum subspace completion rotation updates adam factors "
     "description halves curvature history cache rows forward costs speed replay precision training editors generation "
     "judge grading llm_judge wild teacher_forced live capability benchmarks untouched harness_tasks harness "

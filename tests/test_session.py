@@ -7,6 +7,7 @@ import torch
 
 from builders import long_texts
 from crispedit.curvature import Curvature
+from crispedit.editors._gradient import ROUNDS_START
 from crispedit.edits import edits_from_rows
 from crispedit.errors import ArtifactError, ConfigError, EditFailed, ModelError
 from crispedit.evaluation import evaluate
@@ -38,7 +39,7 @@ def base(tmp_path):
 def create(base, directory, **options):
     loaded = load_model(base)
     curvature = Curvature.estimate(loaded.model, loaded.tokenizer, long_texts(), layers=[1, 2], model_name=base)
-    Session.create(directory, loaded, curvature, settings=SETTINGS, layers=[1, 2], **options)
+    Session.create(directory, loaded, curvature, **{"settings": SETTINGS, "layers": [1, 2], **options})
 
 
 @pytest.fixture
@@ -131,7 +132,14 @@ def test_what_is_kept_and_what_is_not(directory):
         kept, private = session.rounds
         assert session.kept_edits(1) == round_of(1)
         assert kept["past"].keys() == {"1"}
-        assert private["past"].keys() == {"1"}  # the second round's edits are not there to be asked again
+        assert private["past"].keys() == {"1", "2"}  # the newest are at hand
+        session.edit(round_of(3))
+        session.edit(round_of(4), given=[round_of(3)])
+        third, fourth = session.rounds[2:]
+        assert third["past"].keys() == {"1", "3"}  # the second round's are not there to be asked about again
+        assert fourth["past"].keys() == {"1", "3", "4"}
+        with pytest.raises(ConfigError, match=r"round5.json \(3 edits\) is of none of the 4 rounds"):
+            session.edit(round_of(6), given=[round_of(5)])
         assert private["drift"]["drift"] > 0
         assert private["metrics"]["after"]["reliability"] is not None
     words = [row["target"] for row in edits_as_json(round_of(2))["edits"]]
@@ -139,6 +147,24 @@ def test_what_is_kept_and_what_is_not(directory):
         if path.is_file():
             content = path.read_bytes()
             assert not any(word.encode() in content for word in words), path
+
+
+def test_many_rounds_are_asked_about_no_more_than_few(directory, monkeypatch):
+    monkeypatch.setattr("crispedit.session.ASKED", 3 * 2)  # of two edits, then
+    with Session.writing(directory) as session:
+        for number in range(1, 5):
+            session.edit(round_of(number), keep_edits=True)
+        asked = [{of: found["asked_edits"] for of, found in record["past"].items()} for record in session.rounds]
+    assert asked == [{"1": 2}, {"1": 1, "2": 1}, {"1": 1, "3": 1}, {"1": 1, "4": 1}]
+
+
+def test_a_rate_is_looked_for_as_in_rounds(base, tmp_path):
+    create(base, tmp_path / "s", settings={"epochs": 8, "energy": 0.5})
+    create(base, tmp_path / "faster", settings={"epochs": 8, "energy": 0.5, "first_lr": 4.0})
+    for name, first in (("s", ROUNDS_START), ("faster", 4.0)):
+        with Session.writing(tmp_path / name) as session:
+            training = session.edit(round_of(1)).metrics["training"]
+            assert training["trials"][0]["learning_rate"] == pytest.approx(first / 48)
 
 
 def test_a_round_can_be_taken_out_of_the_middle(directory, base, tmp_path):

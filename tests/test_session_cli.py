@@ -53,6 +53,10 @@ def test_rounds_are_made_shown_taken_back_and_exported(work, capsys):
     assert status["rounds"][2]["past"].keys() == {"1", "2", "3"}
     program("export", "s", "--round", 2, "--out", "second")
     program("export", "s", "--out", "third")
+    record = json.loads((work / "third" / "crispedit.json").read_text())
+    assert record["command"] == "session export"
+    assert record["model"]["fingerprint"] == status["fingerprint"]
+    assert [patch["edits"]["count"] for patch in record["patches"]] == [r["edits"]["count"] for r in status["rounds"]]
     program("export", "s", "--patch", "--out", "third.safetensors")
     assert cli._run(["patch", "apply", "bundled", "third.safetensors", "--out", "patched"]) == 0
     assert same("patched", "third")

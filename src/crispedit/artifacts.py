@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError
+from .progress import log
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process leaves stays there
+    fcntl = None  # type: ignore[assignment]
+
+_BUILDING = ".building-"
+"""In the names of unfinished directories: nobody's own directory is taken for one."""
 
 if TYPE_CHECKING:  # the command line needs this module before it knows whether it needs torch
     from torch import Tensor
@@ -91,18 +100,64 @@ def write_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pat
         ArtifactError: The place cannot be written to, or the disk is full.
     """
     check_writable(directory, overwrite=overwrite)
-    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.absolute().parent))
-    building.chmod(0o777 & ~_umask())
     try:
-        yield building
-        if directory.is_dir():
-            shutil.rmtree(directory)
-        building.replace(directory)
+        with building_beside(directory) as building:
+            yield building
+            if directory.is_dir():
+                shutil.rmtree(directory)
+            building.replace(directory)
     except OSError as error:
         raise ArtifactError(f"cannot write '{directory}': {error.strerror or error}") from error
+
+
+@contextmanager
+def building_beside(directory: Path) -> Iterator[Path]:
+    """A temporary directory beside ``directory``, to be renamed inside the block.
+
+    Those for the same directory that a killed process has left are removed, which is said.
+
+    Args:
+        directory: The final name.
+
+    Yields:
+        The temporary directory. It is removed if it is still there after the block.
+    """
+    parent, prefix = directory.absolute().parent, f".{directory.name}{_BUILDING}"
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in sorted(path for path in parent.iterdir() if path.name.startswith(prefix)):
+        with _held(left) as ours:
+            if ours:
+                log.info("an interrupted command had left %s: removed", left)
+                shutil.rmtree(left, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    building.chmod(0o777 & ~_umask())
+    with _held(building):
+        try:
+            yield building
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Whether a directory is this process's until the block ends; the system gives it back when the process does."""
+    if fcntl is None:
+        yield False
+        return
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # whose it was has removed it in the meantime
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = True
+    except OSError:
+        ours = False
+    try:
+        yield ours
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .errors import EditsError
-from .models import context_length
+from .models import CACHE, context_length
 from .progress import Progress, no_progress
 from .replay import RowLogits, row_logits
 from .rows import EditRow, Prompter
@@ -265,9 +265,9 @@ def _generate(model: Any, reader: _Reader, rows: Sequence[_Row]) -> None:
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([_Stop(reader, rows)]),
+                **{CACHE: cache},
             )
         for row, new in zip(rows, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
             reader.add(row, new)
@@ -276,7 +276,7 @@ def _generate(model: Any, reader: _Reader, rows: Sequence[_Row]) -> None:
         )
         rows = [row for row in rows if not row.ended]
         mask = nn.functional.pad(mask, (0, out.sequences.shape[1] - ids.shape[1]), value=1)[going]
-        ids, cache = out.sequences[going], out.past_key_values
+        ids, cache = out.sequences[going], getattr(out, CACHE)
         if cache is not None and cache.get_seq_length() == ids.shape[1] - 1:
             cache.reorder_cache(going)
         else:  # it does not count tokens, as a recurrent state does not

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
 
 BUNDLED = "bundled"
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What transformers calls a model's cache, as an argument and in outputs; it was renamed in 5.24."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Part = Literal["down", "gate", "up", "query", "value"]
 """A matrix of a decoder block by what it does: the MLP's map back from the intermediate width, that into it through the

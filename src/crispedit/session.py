@@ -21,10 +21,11 @@ from . import __version__
 from .adapter import low_rank, write_adapter
 from .artifacts import read_json, write_json
 from .capability import Drift
-from .checkpoint import read_back, write_model
+from .checkpoint import RECORD, read_back, write_model
 from .curvature import Curvature, merge
-from .editing import EditResult, edit
+from .editing import EditResult, edit, origin
 from .editors import configured
+from .editors._gradient import ROUNDS_START, RuledConfig
 from .edits import Edit, EditSet, Locality
 from .errors import ArtifactError, ConfigError, ModelError
 from .generation import Answer
@@ -40,7 +41,9 @@ from .wild import Question, ask, questions, score
 
 BASE_CURVATURE, CURVATURE, PATCH, EDITS = "curvature", "curvature", "patch.safetensors", "edits.json"
 ASKED = 256
-"""After a round so many questions about all rounds whose edits are kept are asked, however many rounds there are."""
+"""After a round so many questions about all rounds whose edits are at hand are asked, however many rounds there are."""
+KINDS = 3
+"""Of questions about an edit: its prompt, another wording, what is to stay as it is."""
 
 
 class Session:
@@ -76,7 +79,7 @@ class Session:
             loaded: The base model; the session keeps its name and fingerprint, and no copy.
             curvature: Of its capability loss, for editors that need one; copied into the session.
             editor: ``EDITOR`` or ``EDITOR:PRESET``, of all rounds.
-            settings: Of the editor.
+            settings: Of the editor; a rate is looked for as in rounds, unless they say otherwise.
             layers: Decoder blocks to edit; the editor's default when omitted.
             history_weight: What earlier rounds weigh in the curvature; see :mod:`crispedit.history`.
             seed: Of everything drawn at random.
@@ -88,6 +91,8 @@ class Session:
         """
         settings = dict(settings or {})
         _, config = configured(editor, settings)
+        if isinstance(config, RuledConfig):
+            settings.setdefault("first_lr", ROUNDS_START)
         matrices = config.matrices(loaded.model, layers)
         if config.needs_curvature():
             if curvature is None:
@@ -204,6 +209,7 @@ class Session:
         edits: EditSet,
         *,
         keep_edits: bool = False,
+        given: Sequence[EditSet] = (),
         pending: Sequence[Mapping[str, Any]] = (),
         progress: Progress = no_progress,
         **options: Any,
@@ -214,6 +220,8 @@ class Session:
             edits: Of the round.
             keep_edits: Whether the edits themselves are kept, so that later rounds can be checked against them and a
                 round before them can be taken out.
+            given: Edits of earlier rounds that the session has not kept, recognised by their hash; the model is asked
+                about them too.
             pending: What is still to be replayed after this round.
             progress: Called during every longer step.
             **options: For :func:`crispedit.models.load_model`.
@@ -223,7 +231,9 @@ class Session:
 
         Raises:
             EditFailed: Nothing changed or the loss did not fall; the session is as it was.
+            ConfigError: Edits were given that are of no round.
         """
+        self.check_given(given)
         loaded, curvature = self.load(**options), self.curvature()
         head, number = self.head_of(), len(self.rounds) + 1
         result = edit(
@@ -258,8 +268,8 @@ class Session:
                 "kept": keep_edits,
                 "settings": result.settings,
                 "metrics": result.metrics,
-                "drift": self.drift(loaded, matrices, base, progress),
-                "past": self._past(loaded, {number: edits} if keep_edits else {}, progress),
+                "drift": self.drift(loaded, matrices, base, self.curvature(0), progress),
+                "past": self._past(loaded, progress, given=given, newest=edits),
             }
             path = self.store.head_path()
             joined.write(path)
@@ -286,8 +296,13 @@ class Session:
         parts = [own] if before is None else [replace(before, model_fingerprint=own.model_fingerprint), own]
         return replace(merge(parts), model_fingerprint=fingerprint(model))  # it is for editing the model as it is now
 
+    @staticmethod
     def drift(
-        self, loaded: LoadedModel, matrices: Sequence[EditMatrix], base: Mapping[str, Tensor], progress: Progress
+        loaded: LoadedModel,
+        matrices: Sequence[EditMatrix],
+        base: Mapping[str, Tensor],
+        curvature: Curvature | None,
+        progress: Progress,
     ) -> dict[str, Any] | None:
         """Drift of a model from the session's base, on the held-out texts.
 
@@ -295,13 +310,13 @@ class Session:
             loaded: The model after a round.
             matrices: Those that are edited.
             base: What some of them were before the first round, by name, as they are stored.
+            curvature: Of the base.
             progress: Called after every batch.
 
         Returns:
             The fields of :class:`crispedit.capability.Drift`, and what the curvature of the base predicts
             (``predicted``); ``None`` without held-out texts.
         """
-        curvature = self.curvature(0)
         if curvature is None or not curvature.held_out:
             return None
         model = loaded.model
@@ -315,21 +330,29 @@ class Session:
         return {**asdict(found), "predicted": predicted}
 
     def _past(
-        self, loaded: LoadedModel, newest: Mapping[int, EditSet], progress: Progress, number: int | None = None
+        self,
+        loaded: LoadedModel,
+        progress: Progress,
+        *,
+        number: int | None = None,
+        given: Sequence[EditSet] = (),
+        newest: EditSet | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """By round, what a model says of its edits, where they are kept; :data:`ASKED` questions in all."""
-        rounds = [record["number"] for record in self.rounds[:number] if record["kept"]]
-        sets = {kept: self.kept_edits(kept) for kept in rounds} | dict(newest)
-        if not sets:
-            return {}
-        share = max(1, ASKED // len(sets) // 3)
-        return {
-            str(number): {"asked_edits": len(some), **score(asked, [answer.text for answer in answers])}
-            for number, some, asked, answers in (
-                (number, some, *self._ask(loaded, some, progress))
-                for number, some in ((number, spread(tuple(of_round), share)) for number, of_round in sets.items())
-            )
-        }
+        """By round up to one, what a model says of its edits; some :data:`ASKED` questions in all.
+
+        Of more rounds than that leaves an edit for each, some are asked about: the newest, and others spread over all.
+        """
+        hashes = {edits.sha256 for edits in given}
+        at_hand = [r for r in self.rounds[:number] if r["kept"] or r["edits"]["sha256"] in hashes]
+        most = ASKED // KINDS
+        sets = [(r["number"], self.edits_of(r, given)) for r in spread(at_hand, most - (newest is not None))]
+        sets += [] if newest is None else [(len(self.rounds) + 1, newest)]
+        found = {}
+        for of_round, edits in sets:
+            some = spread(tuple(edits or ()), most // len(sets))
+            asked, answers = self._ask(loaded, some, progress)
+            found[str(of_round)] = {"asked_edits": len(some), **score(asked, [answer.text for answer in answers])}
+        return found
 
     def _ask(
         self, loaded: LoadedModel, edits: Sequence[Edit], progress: Progress
@@ -340,6 +363,16 @@ class Session:
         asked = questions(edits)
         with frozen(loaded.model):
             return asked, ask(loaded.model, prompter, asked, "no_context", progress=progress)
+
+    def check_given(self, given: Sequence[EditSet], number: int | None = None) -> None:
+        """Raises :class:`ConfigError` for edits that are of none of the rounds up to one."""
+        records = self.rounds[:number]
+        hashes = {record["edits"]["sha256"] for record in records}
+        for edits in given:
+            if edits.sha256 not in hashes:
+                raise ConfigError(
+                    f"{edits.source} ({len(edits)} edits) is of none of the {len(records)} rounds; see status"
+                )
 
     def kept_edits(self, number: int) -> EditSet:
         """The edits of a round that kept them."""
@@ -445,14 +478,21 @@ class Session:
     def write_merged(self, building: Path, number: int | None = None, **options: Any) -> None:
         """Writes the model after a round as a Hugging Face directory, reads it back and compares every tensor.
 
+        Its ``crispedit.json`` names the base and the patches of all rounds.
+
         Args:
             building: Where its files go.
             number: The round; the newest when omitted.
             **options: For :func:`crispedit.models.load_model`.
         """
-        loaded = self.load(number, **options)
+        head, loaded = self.head_of(number), self.load(0, **options)
+        record = {"command": "session export", **origin(loaded.model, self.about["model"]), "patches": []}
+        if head is not None:
+            record["patches"] = head.about.get("stacked", [head.about])
+            apply_to(loaded.model, head, loaded.stored_dtype)
         write_model(loaded.model, loaded.tokenizer, building, loaded.stored_dtype)
         read_back(loaded.model, building, loaded.stored_dtype)
+        write_json(building / RECORD, record)
 
     def write_adapter(
         self,
@@ -483,7 +523,7 @@ class Session:
         head = self.head_of(number)
         if head is None or not head.changes:
             raise ArtifactError("the base model itself needs no adapter; name a round")
-        loaded = self.load(number, **options)
+        loaded, curvature = self.load(number, **options), self.curvature(0)
         _, config = configured(self.about["editor"], self.about["settings"])
         chosen = config.matrices(loaded.model, self.about["layers"])
         matrices = [matrix for matrix in chosen if matrix.name in head.changes]
@@ -491,8 +531,8 @@ class Session:
 
         def measured() -> dict[str, Any]:
             return {
-                "past": self._past(loaded, {}, progress, number),
-                "drift": self.drift(loaded, matrices, before, progress),
+                "past": self._past(loaded, progress, number=number),
+                "drift": self.drift(loaded, matrices, before, curvature, progress),
             }
 
         exact, products = measured(), {}

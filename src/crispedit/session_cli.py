@@ -112,6 +112,9 @@ def edit(
     directory: Directory,
     edits: Edits,
     keep_edits: KeepEdits = False,
+    earlier: Annotated[
+        list[str] | None, typer.Option(help="Edits of an earlier round that were not kept, to ask about; repeatable.")
+    ] = None,
     limit: Limit = None,
     conflicts: Conflicts = "error",
     device: Device = "auto",
@@ -124,9 +127,10 @@ def edit(
 
     check_json(json)
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
+    given = [read_edits(name) for name in earlier or []]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     with bars() as progress, _writing(directory, progress, options) as session:
-        result = session.edit(edit_set, keep_edits=keep_edits, progress=progress, **options)
+        result = session.edit(edit_set, keep_edits=keep_edits, given=given, progress=progress, **options)
         record = session.rounds[-1]
     print_proof(result)
     out.print(f"round {record['number']} is in {directory}", soft_wrap=True)

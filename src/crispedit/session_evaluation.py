@@ -5,7 +5,6 @@ from typing import Any
 
 from .editors import configured
 from .edits import Edit, EditSet
-from .errors import ConfigError
 from .evaluation import answers_of_base, measure, needs_base_answers
 from .jobs import has_tasks
 from .patch import StoredTensors, apply_to
@@ -45,11 +44,8 @@ def evaluate_session(
     number = len(session.rounds) if number is None else number
     head = session.head_of(number)
     records = session.rounds[:number]
+    session.check_given(given, number)
     sets = {record["number"]: session.edits_of(record, given) for record in records}
-    hashes = {record["edits"]["sha256"] for record in records}
-    for edits in given:
-        if edits.sha256 not in hashes:
-            raise ConfigError(f"{edits.source} ({len(edits)} edits) is of none of the {number} rounds; see status")
     every: list[Edit] = []
     spans: dict[int, range] = {}
     for of_round, found_edits in sets.items():
@@ -67,7 +63,8 @@ def evaluate_session(
         base = {name: stored[name].clone() for name in head.changes}
         apply_to(model, head, loaded.stored_dtype)
         _, config = configured(session.about["editor"], session.about["settings"])
-        drift = session.drift(loaded, config.matrices(model, session.about["layers"]), base, progress)
+        matrices = config.matrices(model, session.about["layers"])
+        drift = session.drift(loaded, matrices, base, session.curvature(0), progress)
     found = measure(
         model,
         tokenizer,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-from .artifacts import check_writable
+from .artifacts import building_beside, check_writable
 from .errors import ArtifactError
 
 FORMAT = 1
@@ -56,29 +56,32 @@ class Store:
             ArtifactError: There is something already, or it cannot be written.
         """
         check_writable(directory)
-        building = directory.with_name(f".{directory.name}-{uuid4().hex[:8]}")
         try:
-            (building / ROUNDS).mkdir(parents=True)
-            (building / HEADS).mkdir()
-            fill(building)
-            given = [path for path in building.rglob("*") if path.is_file()]
-            with closing(sqlite3.connect(building / INDEX, isolation_level=None)) as index:
-                index.executescript(_TABLES)
-                store = cls(building, index)
-                with store._transaction():
-                    store._set("format", FORMAT)
-                    store._set("about", dict(about))
-                    store._count(given)
-                    store.log("created")
-            _sync_tree(building)
-            if directory.is_dir():
-                directory.rmdir()
-            building.rename(directory)
+            with building_beside(directory) as building:
+                cls._begin(building, about, fill)
+                if directory.is_dir():
+                    directory.rmdir()
+                building.rename(directory)
             _sync(directory.absolute().parent)
         except (OSError, sqlite3.Error) as error:
             raise ArtifactError(f"cannot write '{directory}': {error}") from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+
+    @classmethod
+    def _begin(cls, building: Path, about: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
+        """Writes an empty store to the disk."""
+        (building / ROUNDS).mkdir()
+        (building / HEADS).mkdir()
+        fill(building)
+        given = [path for path in building.rglob("*") if path.is_file()]
+        with closing(sqlite3.connect(building / INDEX, isolation_level=None)) as index:
+            index.executescript(_TABLES)
+            store = cls(building, index)
+            with store._transaction():
+                store._set("format", FORMAT)
+                store._set("about", dict(about))
+                store._count(given)
+                store.log("created")
+        _sync_tree(building)
 
     @classmethod
     @contextmanager

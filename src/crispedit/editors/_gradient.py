@@ -9,15 +9,13 @@ from ..adam import AdamMemory
 from ..precision import Precision
 from ..replay import Start
 from ..rotation import rotated
-from ..training import STOP_LOSS, RuledMatrices, Trace, Trainee, rows_per_step, train
+from ..training import START, STOP_LOSS, RuledMatrices, Trace, Trainee, rows_per_step, train
 from ..updates import Unconstrained, UpdateRule
 from .base import EditorConfig, EditProblem, Round
 
 PUBLISHED = {"lr": 5e-4, "batch_size": 32, "epochs": 25, "eos": False}
 """Of all gradient editors in the published comparison (CrispEdit, arXiv 2602.15823, appendix E)."""
-
-
-ROUNDS_START = 0.5
+ROUNDS_START = START / 4
 """The first learning rate that ``auto`` tries in rounds, times d_in: what one round may do to the model, the next does
 again (docs/decisions.md)."""
 
@@ -42,6 +40,16 @@ class GradientConfig(EditorConfig):
     stop_loss: Annotated[float, Field(ge=0)] = STOP_LOSS
     replay: Start = "matrix"
     precision: Precision = "auto"
+
+
+class RuledConfig(GradientConfig):
+    """Settings of the edit loop on the matrices themselves.
+
+    Args:
+        first_lr: The first learning rate that ``auto`` tries, times d_in.
+    """
+
+    first_lr: Annotated[float, Field(gt=0)] = START
 
 
 def unconstrained(problem: EditProblem) -> list[UpdateRule]:
@@ -87,7 +95,7 @@ def train_in(
 
 def train_rules(
     problem: EditProblem,
-    config: GradientConfig,
+    config: RuledConfig,
     rules: Sequence[UpdateRule],
     chosen: Sequence[int],
     *,
@@ -109,7 +117,7 @@ def train_rules(
     """
     with rotated(problem.matrices, [rule.frame for rule in rules]):
         trainee = RuledMatrices(problem.matrices, rules)
-        return train_in(problem, config, trainee, chosen, lr=lr, **options)
+        return train_in(problem, config, trainee, chosen, lr=lr, first=config.first_lr, **options)
 
 
 class RoundsConfig(GradientConfig):
@@ -122,13 +130,14 @@ class RoundsConfig(GradientConfig):
     round_size: Annotated[int, Field(ge=1)] = 100
 
 
-class RuledRoundsConfig(RoundsConfig):
+class RuledRoundsConfig(RoundsConfig, RuledConfig):
     """Settings of the edit loop on the matrices themselves, round by round.
 
     Args:
         optimizer: Whether every round has a ``fresh`` Adam, or one is ``kept`` through all of them.
     """
 
+    first_lr: Annotated[float, Field(gt=0)] = ROUNDS_START
     optimizer: Literal["fresh", "kept"] = "fresh"
 
 
@@ -151,6 +160,6 @@ def train_rounds(
     """
     lr, memory = config.lr, AdamMemory() if config.optimizer == "kept" else None
     for chosen in problem.rounds(config.round_size):
-        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr, first=ROUNDS_START, memory=memory)
+        trace = train_rules(problem, config, rules_of_round(), chosen, lr=lr, memory=memory)
         lr = trace.rates[0] if lr == "auto" else lr
         yield Round(num_edits=chosen.stop, trace=trace, details=finished(chosen))

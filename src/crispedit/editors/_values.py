@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from ..errors import NumericsError
 from ..forward import RowBatch, collate, target_logits
-from ..models import decoder_blocks
+from ..models import CACHE, decoder_blocks
 from ..progress import Progress, log
 from ..replay import calling, tolerance
 from ..rows import EditRow
@@ -241,7 +241,7 @@ class _Above:
             for block in self.below:
                 patches.enter_context(calling(block, handed_on))
             patches.enter_context(calling(self.block, lambda *_, **__: self._as_output(hidden)))
-            return target_logits(self.model, self.batch, {**self.given, "past_key_values": cache})
+            return target_logits(self.model, self.batch, {**self.given, CACHE: cache})
 
     @torch.no_grad()
     def _before_subjects(self) -> tuple[Any, Tensor]:
@@ -252,7 +252,7 @@ class _Above:
         # padding sees and is seen here, by padding alone; for what comes later it is masked
         given = {"input_ids": before.ids, "attention_mask": torch.ones_like(before.mask), "use_cache": True}
         cache = DynamicCache()
-        run_to_block(self.model, self.last, {**given, "past_key_values": cache})
+        run_to_block(self.model, self.last, {**given, CACHE: cache})
         places = torch.arange(before.ids.shape[1], device=device)
         return cache, (places < self.subjects.to(device)[:, None]).long()
 

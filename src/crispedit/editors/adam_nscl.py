@@ -24,11 +24,11 @@ from ..errors import ConfigError
 from ..spectrum import Spectrum
 from ..subspace import Subspace
 from ..updates import Unconstrained, UpdateRule, update_rule
-from ._gradient import PUBLISHED, GradientConfig, train_rules
+from ._gradient import PUBLISHED, RuledConfig, train_rules
 from .base import EditProblem, Presets, Round
 
 
-class Config(GradientConfig):
+class Config(RuledConfig):
     """Settings of Adam-NSCL: those of the loop, and what is left out.
 
     Args:

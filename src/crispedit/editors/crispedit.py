@@ -18,11 +18,11 @@ from ..errors import ConfigError
 from ..models import EditMatrix
 from ..subspace import Subspace
 from ..updates import ROTATION, Update, UpdateRule, update_rule
-from ._gradient import PUBLISHED, GradientConfig, train_rules, unconstrained
+from ._gradient import PUBLISHED, RuledConfig, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
 
-class Config(GradientConfig):
+class Config(RuledConfig):
     """Settings of CrispEdit: those of the loop, and of the subspace.
 
     Args:

@@ -8,7 +8,6 @@ Algorithm 2.) By default the edits' sums are weighted so that they have as much 
 (:mod:`crispedit.history`): by their few tokens they would have no say. The variants are compared in docs/decisions.md.
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -86,9 +85,9 @@ class _History:
         self._mark()
 
     def _mark(self) -> None:
-        """Where the weights are as the capabilities' curvature is estimated."""
-        keeps = self.config.refresh is not None
-        self.weights = [matrix.weight.clone() for matrix in self.problem.matrices] if keeps else []
+        """Where the weights are as the capabilities' curvature is estimated, if anybody will ask how far they moved."""
+        if self.config.refresh is not None:
+            self.marks = [matrix.weight.clone() for matrix in self.problem.matrices]
 
     def add(self, chosen: range) -> dict[str, Any]:
         """Adds a round, which is in the weights already.
@@ -111,10 +110,10 @@ class _History:
 
     def _moved(self) -> bool:
         """Whether a matrix is too far from where the capabilities' curvature was estimated."""
-        matrices = self.problem.matrices[: len(self.weights)]
-        return any(
-            float((matrix.weight - mark).norm()) > (self.config.refresh or math.inf) * float(mark.norm())
-            for matrix, mark in zip(matrices, self.weights, strict=True)
+        limit = self.config.refresh
+        return limit is not None and any(
+            float((matrix.weight - mark).norm()) > limit * float(mark.norm())
+            for matrix, mark in zip(self.problem.matrices, self.marks, strict=True)
         )
 
     def _refresh(self, chosen: range) -> None:

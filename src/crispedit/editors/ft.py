@@ -9,11 +9,11 @@ masked prompt: Zhang et al., arXiv 2401.01286.
 from collections.abc import Iterator
 from typing import ClassVar
 
-from ._gradient import PUBLISHED, GradientConfig, train_rules, unconstrained
+from ._gradient import PUBLISHED, RuledConfig, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
 
-class Config(GradientConfig):
+class Config(RuledConfig):
     """Settings of fine-tuning: those of the loop."""
 
     presets: ClassVar[Presets] = {"published": PUBLISHED}

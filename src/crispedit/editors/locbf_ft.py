@@ -14,11 +14,11 @@ from pydantic import Field
 
 from ..errors import ConfigError
 from ..models import EditMatrix, decoder_blocks, edit_matrices
-from ._gradient import PUBLISHED, GradientConfig, train_rules, unconstrained
+from ._gradient import PUBLISHED, RuledConfig, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
 
-class Config(GradientConfig):
+class Config(RuledConfig):
     """Settings of LocBF-FT: those of the loop.
 
     Args:
