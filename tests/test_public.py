@@ -20,8 +20,9 @@ LAYERS = (
     "description halves curvature history cache rows forward costs speed replay precision training budget editors "
     "generation judge grading llm_judge wild teacher_forced live capability benchmarks untouched harness_tasks harness "
     "harness_job tasks checkpoint adapter proof certificate editing evaluation assumed session planning jobs "
-    "session_evaluation demo plot session_plot tradeoff scatter comparing paired report_definitions report_verdict "
-    "report_curvature report report_markdown report_html console options evaluate_cli patch_cli session_cli cli"
+    "session_evaluation demo plot session_plot tradeoff scatter experiments comparing paired report_definitions "
+    "report_verdict report_curvature report report_markdown report_html console options evaluate_cli lenet_cli "
+    "patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

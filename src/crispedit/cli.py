@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from . import evaluate_cli, patch_cli, session_cli
+from . import evaluate_cli, lenet_cli, patch_cli, session_cli
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
 from .options import (
     BatchSize,
@@ -445,6 +445,7 @@ def tasks() -> None:
 
 
 app.command()(evaluate_cli.evaluate)
+app.command()(lenet_cli.lenet)
 
 
 @app.command()
