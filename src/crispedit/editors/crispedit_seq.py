@@ -1,11 +1,12 @@
-"""CrispEdit-Seq: rounds, each of which keeps off the curvature of the capabilities and of all earlier rounds.
+"""CrispEdit-Seq: rounds, each of which spares the curvature of the capabilities and of all earlier rounds.
 
     round k:  CrispEdit on D_k with A, G;   then, at the new weights, A_k and G_k of D_k, and
     A ← (n A + n_k A_k) / (n + n_k),   G ← (n G + n_k G_k) / (n + n_k),   n ← n + n_k
 
 n counts tokens. A_k and G_k are of whole rows, prompts included; no earlier edit is kept. (CrispEdit, arXiv 2602.15823,
 Algorithm 2.) By default the edits' sums are weighted so that they have as much curvature as the capabilities
-(:mod:`crispedit.history`): by their few tokens they would have no say. The variants are compared in docs/decisions.md.
+(:mod:`crispedit.history`): by their few tokens they would have no say. And where the paper has a mask, every
+direction has its price (:class:`crispedit.updates.PricedCoordinates`). The variants are compared in docs/decisions.md.
 """
 
 import random
