@@ -45,10 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "alphaedit": ("alphaedit", {}),
     "one batch": ("crispedit", {"update": "priced"}),  # of all edits: what the model has room for
     # variants
-    "price 0.3": ("crispedit-seq", {"price": 0.3}),
-    "price 0.1": ("crispedit-seq", {"price": 0.1}),
-    "price 0.01": ("crispedit-seq", {"price": 0.01}),
-    "price 0.1, without history": ("crispedit-seq", {"price": 0.1, "history_weight": 0}),
+    **{f"price {price}": ("crispedit-seq", {"price": price}) for price in (0.01, 0.03, 0.1)},
     "mask": ("crispedit-seq", MASK),
     "mask, without history": ("crispedit-seq", {**MASK, "history_weight": 0}),
     "mask, γ 0.97": ("crispedit-seq", {**MASK, "energy": 0.97}),

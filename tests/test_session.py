@@ -167,6 +167,19 @@ def test_a_rate_is_looked_for_as_in_rounds(base, tmp_path):
             assert training["trials"][0]["learning_rate"] == pytest.approx(first / 48)
 
 
+def test_rounds_have_defaults_of_their_own_but_where_a_preset_or_the_user_says_otherwise(base, tmp_path):
+    for number, (editor, settings, expected) in enumerate((
+        ("crispedit", {}, {"first_lr": ROUNDS_START, "update": "priced"}),
+        ("crispedit", {"update": "auto"}, {"first_lr": ROUNDS_START, "update": "auto"}),
+        ("crispedit:published", {}, {"first_lr": ROUNDS_START}),  # it names its update
+        ("ft", {"first_lr": 1.0}, {"first_lr": 1.0}),
+        ("ultraedit", {}, {}),
+    )):  # fmt: skip
+        create(base, tmp_path / str(number), editor=editor, settings=settings)
+        with Session.reading(tmp_path / str(number)) as session:
+            assert session.about["settings"] == expected
+
+
 def test_a_round_can_be_taken_out_of_the_middle(directory, base, tmp_path):
     create(base, tmp_path / "without")
     with Session.writing(tmp_path / "without") as session:
