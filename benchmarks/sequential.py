@@ -45,7 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "alphaedit": ("alphaedit", {}),
     "one batch": ("crispedit", {"update": "priced"}),  # of all edits: what the model has room for
     # variants
-    **{f"price {price}": ("crispedit-seq", {"price": price}) for price in (0.01, 0.03, 0.1)},
+    **{f"price {price}": ("crispedit-seq", {"price": price}) for price in (0.003, 0.03, 0.1)},
     "mask": ("crispedit-seq", MASK),
     "mask, without history": ("crispedit-seq", {**MASK, "history_weight": 0}),
     "mask, γ 0.97": ("crispedit-seq", {**MASK, "energy": 0.97}),

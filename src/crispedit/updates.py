@@ -28,7 +28,7 @@ AFFORDABLE = 1.25
 An edited matrix is at most a fifth of what a step runs through, so that this is a quarter of the step."""
 PIVOT = 2.2
 """So many times as long as its flops at the speed of thick products does a projection by a pivot take: measured."""
-PRICE = 0.003
+PRICE = 0.01
 """What ``priced`` asks by default: see docs/decisions.md."""
 ROTATION = 0.4
 """The bases of ``leading`` may cost this, in the same unit: a tenth of the step."""
