@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builders import curvature_of
-from crispedit import cli
+from crispedit import cli, proof, updates
 from crispedit.budget import AIM, RELAX, TIGHTEN, WITHIN, Budget, Budgeted
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
@@ -60,6 +60,7 @@ def test_what_is_no_budget_is_refused(given):
 def test_a_budget_and_a_threshold_do_not_go_together():
     assert configured("crispedit", {"budget": "1%"})[1].budget == "1%"
     configured("crispedit", {"budget": 0.1, "energy": 0.9, "constraint": "auto", "update": "auto"})  # as in a record
+    configured("crispedit", {"budget": 0.1, "update": "priced"})  # as in a session
     with pytest.raises(ConfigError, match="budget takes the place of energy, constraint and update"):
         configured("crispedit", {"budget": 0.1, "energy": 0.5})
     with pytest.raises(ConfigError, match="budget is '1 cent'"):
@@ -128,7 +129,7 @@ class Tiny:
         self.times, self.measurements = times, 0
         self.budgeted = Budgeted(self.matrices, self.rules, budget, self.measure, reach=0.1)
 
-    def measure(self) -> tuple[float, float]:
+    def measure(self, originals=None) -> tuple[float, float]:
         self.measurements += 1
         return self.times * sum(rule.predicted() for rule in self.rules), 2.0
 
@@ -186,10 +187,10 @@ def test_a_prediction_that_errs_more_the_more_is_taken_back_is_learned():
     with torch.no_grad():
         tiny = Tiny(budget=1.0)
         tiny.move()
-        tiny.budgeted.measure = lambda: (10 * sum(rule.predicted() for rule in tiny.rules) ** 0.5, 2.0)
-        tiny.budgeted.budget = budget = tiny.budgeted.measure()[0] / 20
+        tiny.budgeted.drift = lambda: 10 * sum(rule.predicted() for rule in tiny.rules) ** 0.5
+        tiny.budgeted.budget = budget = tiny.budgeted.drift() / 20
         tiny.budgeted.keep_within()
-        assert 0.5 * budget < tiny.budgeted.measure()[0] <= budget
+        assert 0.5 * budget < tiny.budgeted.drift() <= budget
 
 
 # ---------------------------------------------------------------- edits within a budget
@@ -236,6 +237,18 @@ def test_the_certificate_is_measured(given):
     assert certificate["texts_sha256"] == texts_hash(held_out)
     # the stored change against the one in float32
     assert certificate["predicted"] == pytest.approx(given[1].predicted_drift(result.delta), rel=1e-2)
+
+
+@pytest.mark.parametrize("kept", [2**29, 0], ids=["base kept", "base run again"])
+def test_drift_is_measured_in_turned_bases_too(given, monkeypatch, kept):
+    """As for wide matrices: they are trained, and measured, in bases of their leading directions."""
+    monkeypatch.setattr(updates, "AFFORDABLE", 0.1)
+    monkeypatch.setattr(proof, "KEPT", kept)
+    assert given[1].subspace("model.layers.3.mlp.down_proj.weight", 0.9).threshold.cross is not None
+    certificate = edited(given, 0.002).metrics["budget"]
+    assert certificate["met"]
+    # what was measured last in the loop is what is measured at the end, of float16 weights
+    assert certificate["drift"] == pytest.approx(certificate["ratio"] * certificate["predicted"], rel=1e-2)
 
 
 def test_a_budget_needs_texts(given):

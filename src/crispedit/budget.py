@@ -15,7 +15,7 @@ docs/decisions.md.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,8 +37,9 @@ TRIES = 12
 RATIO = 8.0
 """What drift is at the first measurement, in terms of the prediction; measured on the bundled model."""
 
-Measure = Callable[[], tuple[float, float]]
-"""Measures the model as it is: drift from the base and the base's loss, nats per token, on held-out texts."""
+Measure = Callable[[Mapping[str, Tensor]], tuple[float, float]]
+"""Measures the model as it is, on held-out texts: drift from the base and the base's loss, nats per token. It is given
+what the matrices are in the base, by name, in the bases in which they are seen at the moment."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Budgeted(RuledMatrices):
         matrices: What is edited, inside :func:`crispedit.precision.float32_masters`.
         rules: One per matrix.
         budget: ε, nats per token.
-        measure: Measures the model as it is.
+        measure: See :data:`Measure`.
         reach: How far a coordinate comes in the run if nothing holds it, about: sets the first price.
     """
 
@@ -123,7 +124,9 @@ class Budgeted(RuledMatrices):
         reach: float,
     ) -> None:
         super().__init__(matrices, rules)
-        self.priced, self.budget, self.measure = rules, budget, measure
+        self.priced, self.budget = rules, budget
+        base = {matrix.name: original for matrix, original in zip(matrices, self._originals, strict=True)}
+        self.drift: Callable[[], float] = lambda: measure(base)[0]
         self.first = _first_price(rules, budget / RATIO, reach)
         self.spent: list[Spent] = []
         self._ask(self.first)
@@ -156,7 +159,7 @@ class Budgeted(RuledMatrices):
         Returns:
             Whether it is, within the budget.
         """
-        drift, _ = self.measure()
+        drift = self.drift()
         self.spent.append(Spent(drift=drift, predicted=self.predicted(), price=self.price))
         self._ask(self.price * min(TIGHTEN, max(RELAX, drift / (AIM * self.budget))))
         return low and drift <= self.budget
@@ -173,7 +176,7 @@ class Budgeted(RuledMatrices):
         """
         learned = [rule.parameter.clone() for rule in self.priced]
         self._ask(0.0)  # from now on nothing is taken by the way
-        drift, back = self.measure()[0], 0.0
+        drift, back = self.drift(), 0.0
         for _ in range(TRIES):
             if drift <= self.budget:
                 break
@@ -181,7 +184,7 @@ class Budgeted(RuledMatrices):
             back = self._just_enough(learned, WITHIN * self.budget / ratio)
             self._divide(learned, back)
             self.apply()
-            drift = self.measure()[0]
+            drift = self.drift()
         predicted = self.predicted()
         return {
             "course": [asdict(one) for one in self.spent],

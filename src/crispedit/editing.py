@@ -297,7 +297,7 @@ def _edit_and_prove(
         with float32_masters(matrices):
             loss_before = loss()
             if held_out:
-                problem.drift = drift_meter(originals, model, matrices, held_out.batches)
+                problem.drift = drift_meter(model, matrices, held_out.batches)
             rounds, seconds = _run(module.edit(problem, config), after_round)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()

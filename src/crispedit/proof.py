@@ -105,32 +105,34 @@ def drift_from(
 
 
 def drift_meter(
-    originals: Mapping[str, Tensor], model: Any, matrices: Sequence[EditMatrix], batches: Sequence[TokenBatch]
-) -> Callable[[], tuple[float, float]]:
+    model: Any, matrices: Sequence[EditMatrix], batches: Sequence[TokenBatch]
+) -> Callable[[Mapping[str, Tensor]], tuple[float, float]]:
     """Measures the model as it is, again and again: drift from its original matrices, and the loss with these.
 
     What the base model says is kept from the first time where it takes little memory, and computed anew where not.
 
     Args:
-        originals: The matrices before, by name.
         model: The model.
         matrices: Those that may have changed.
         batches: Held-out texts.
 
     Returns:
-        What measures: nats per token each.
+        What measures: nats per token each. It is given the original matrices, by name, in the bases in which the
+        matrices are seen at the moment (:mod:`crispedit.rotation`).
     """
-    base, kept = logits_with(model, matrices, originals), dict[int, Tensor]()
+    kept: dict[int, Tensor] = {}
 
-    def remembered(batch: TokenBatch) -> Tensor:
-        logits = kept.get(id(batch))
-        if logits is None:
-            logits = base(batch)
-            if sum(one.nbytes for one in kept.values()) + logits.nbytes <= KEPT:
-                kept[id(batch)] = logits
-        return logits
+    def measured(originals: Mapping[str, Tensor]) -> tuple[float, float]:
+        base = logits_with(model, matrices, originals)
 
-    def measured() -> tuple[float, float]:
+        def remembered(batch: TokenBatch) -> Tensor:
+            logits = kept.get(id(batch))
+            if logits is None:
+                logits = base(batch)
+                if sum(one.nbytes for one in kept.values()) + logits.nbytes <= KEPT:
+                    kept[id(batch)] = logits
+            return logits
+
         found = measure_drift(remembered, logits_of(model), batches)
         return found.drift, found.loss_base
 

@@ -6,12 +6,13 @@ It yields after every round of edits. The driver (:mod:`crispedit.editing`) owns
 original weights, float32 masters, the proof, saving. See CONTRIBUTING.md, "Add an editor".
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..budget import Measure
 from ..curvature import Curvature
 from ..edits import Edit
 from ..errors import ConfigError, did_you_mean
@@ -124,8 +125,8 @@ class EditProblem:
         curvature: Of the capability loss, where there is one.
         texts: Capability texts, where there are any.
         train_edits: Other edits, for editors that learn how to edit.
-        drift: Measures the model as it is, on held-out texts: drift from the base, and the base's loss, nats per token;
-            ``None`` without such texts.
+        drift: Measures the model as it is, on held-out texts; see :data:`crispedit.budget.Measure`; ``None`` without
+            such texts.
         seed: For everything drawn at random.
         progress: To be called after every step.
     """
@@ -138,7 +139,7 @@ class EditProblem:
     curvature: Curvature | None
     texts: CapabilityTexts | None = None
     train_edits: Sequence[Edit] = ()
-    drift: Callable[[], tuple[float, float]] | None = None
+    drift: Measure | None = None
     seed: int
     progress: Progress
 

@@ -85,7 +85,8 @@ class Config(SubspaceConfig):
         if self.budget is not None:
             Budget.parse(self.budget)
             fields = type(self).model_fields
-            if any(getattr(self, name) != fields[name].default for name in ("energy", "constraint", "update")):
+            others = any(getattr(self, name) != fields[name].default for name in ("energy", "constraint"))
+            if others or self.update not in ("auto", "priced"):
                 raise ConfigError("budget takes the place of energy, constraint and update: give one or the other")
         return self
 
@@ -140,7 +141,8 @@ def _within_budget(problem: EditProblem, config: Config) -> Round:
     rate = BUDGET_LR / max(matrix.shape[1] for matrix in problem.matrices) if config.lr == "auto" else config.lr
     per_step = rows_per_step(len(every), config.batch_size)
     steps = config.epochs * -(-len(every) // per_step)
-    nats = budget.nats(problem.drift()[1])
+    originals = {matrix.name: matrix.weight.clone() for matrix in problem.matrices}
+    nats = budget.nats(problem.drift(originals)[1])
     with rotated(problem.matrices, [rule.frame for rule in rules]):
         trainee = Budgeted(problem.matrices, rules, nats, problem.drift, reach=rate * math.sqrt(steps))
         trace = train_in(problem, config, trainee, every, lr=rate)
