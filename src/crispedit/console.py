@@ -516,6 +516,8 @@ def print_proof(result: "EditResult") -> None:
     said = [f"edit loss {loss['before']:.3f} before, {loss['after']:.3f} after"]
     if settings.get("budget") is not None:
         said.append(f"budget {settings['budget']}")
+    elif settings.get("update") == "priced":
+        said.append(f"price {settings['price']:g} at energy {settings['energy']:g}")
     elif "energy" in settings:
         said.append(f"energy {settings['energy']}")
     if rates:
