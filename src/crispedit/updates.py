@@ -138,10 +138,8 @@ class LeadingCoordinates(_Rule):
         if subspace.threshold.cross is None:
             raise ConfigError("update leading leaves out whole rows and columns: use constraint cross")
         self.rows, self.columns = subspace.threshold.cross
-        r, c = leading_counts(subspace, rotation)
-        inputs, outputs = subspace.spectrum.leading_vectors()
-        self.frame = Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
-        self.parameter = torch.zeros(subspace.shape, device=inputs.device)
+        self.frame = _leading_frame(subspace, rotation)
+        self.parameter = torch.zeros(subspace.shape, device=subspace.spectrum.input_basis.device)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
         """M ⊙ ∇W', W' being W in the bases, where ∇W' was: another copy would cost as much as the bases of G."""
@@ -155,7 +153,18 @@ class LeadingCoordinates(_Rule):
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """Refused: bases that exist as reflections only cannot be squared entry by entry."""
-        raise ConfigError("optimizer kept does not go with update leading; use fresh, or update coordinates")
+        raise _not_carried()
+
+
+def _leading_frame(subspace: Subspace, rotation: float) -> Frame:
+    """The bases that begin with the leading eigenvectors of G and of A."""
+    r, c = leading_counts(subspace, rotation)
+    inputs, outputs = subspace.spectrum.leading_vectors()
+    return Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
+
+
+def _not_carried() -> ConfigError:
+    return ConfigError("optimizer kept does not go with update leading; use fresh, or update coordinates")
 
 
 class _Priced(_Rule):
@@ -226,14 +235,13 @@ class PricedLeading(_Priced):
     """
 
     def __init__(self, subspace: Subspace, price: float, rotation: float = ROTATION) -> None:
-        self.leading = LeadingCoordinates(subspace, rotation)
-        self.frame = self.leading.frame
+        self.frame = _leading_frame(subspace, rotation)
         spectrum = subspace.spectrum
         (r, c), (d_out, d_in) = leading_counts(subspace, rotation), subspace.shape
         alpha = _with_mean(spectrum.alpha, spectrum.traces[0], c, d_in)
         beta = _with_mean(spectrum.beta, spectrum.traces[1], r, d_out)
         threshold = energy_threshold(alpha, beta, subspace.threshold.captured)
-        device = self.leading.parameter.device
+        device = spectrum.input_basis.device
         super().__init__(torch.outer(beta, alpha).float().to(device), _positive(threshold.tau), price)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
@@ -246,7 +254,7 @@ class PricedLeading(_Priced):
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """Refused, as by :class:`LeadingCoordinates`."""
-        return self.leading.carried(before.leading, mean, square)
+        raise _not_carried()
 
 
 PricedRule = PricedCoordinates | PricedLeading
@@ -370,12 +378,11 @@ _RULES: dict[str, Callable[[Subspace], UpdateRule]] = {
     "coordinates": Coordinates,
     "leading": LeadingCoordinates,
     "filter": Filter,
-    "priced": lambda subspace: priced_rule(subspace, PRICE),
     "projected": Projected,
     "update-projected": UpdateProjected,
     "projected-gradient": ProjectedGradient,
 }
-assert tuple(_RULES) == get_args(Update)
+assert {*_RULES, "priced"} == {*get_args(Update)}  # which has settings of its own: update_rule
 
 
 def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS, rotation: float = ROTATION) -> int:

@@ -63,11 +63,15 @@ class SubspaceConfig(RuledConfig):
 
     def rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[UpdateRule]:
         """The update rules of matrices under a curvature."""
-        rules = []
+        return [
+            update_rule(self.update, subspace, self.rotation, self.price)
+            for subspace in self._subspaces(curvature, matrices)
+        ]
+
+    def _subspaces(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> Iterator[Subspace]:
+        """Those of matrices, each where its matrix is."""
         for matrix in matrices:
-            subspace = curvature.subspace(matrix.name, self.energy, self.constraint)
-            rules.append(update_rule(self.update, subspace.to(matrix.parameter.device), self.rotation, self.price))
-        return rules
+            yield curvature.subspace(matrix.name, self.energy, self.constraint).to(matrix.parameter.device)
 
 
 class Config(SubspaceConfig):
@@ -96,11 +100,7 @@ class Config(SubspaceConfig):
 
     def priced_rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[PricedRule]:
         """The rules of matrices whose directions all have their price."""
-        rules: list[PricedRule] = []
-        for matrix in matrices:
-            subspace = curvature.subspace(matrix.name, self.energy).to(matrix.parameter.device)
-            rules.append(priced_rule(subspace, 0.0, self.rotation))
-        return rules
+        return [priced_rule(subspace, 0.0, self.rotation) for subspace in self._subspaces(curvature, matrices)]
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
