@@ -1,26 +1,29 @@
-"""A damage budget: the price of curvature, how it follows what is measured, and what is taken back."""
+"""A damage budget: steps in the metric of damage, the ball that they stay in, and how it follows what is measured."""
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 
 from builders import curvature_of
-from crispedit import cli, proof, updates
-from crispedit.budget import AIM, RELAX, TIGHTEN, WITHIN, Budget, Budgeted
+from crispedit import cli, drift_meter, updates
+from crispedit.budget import AIM, DAMPING, LEARN, RATIO, Budget, Budgeted
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
 from crispedit.curvature import Curvature
+from crispedit.drift_meter import DriftMeter
 from crispedit.editing import edit
 from crispedit.editors import configured
 from crispedit.errors import ConfigError
 from crispedit.factors import Factors
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import edit_matrices, frozen, load_model
+from crispedit.natural import NaturalDescent
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
-from crispedit.texts import text_batches
+from crispedit.texts import row_batches, text_batches
 from crispedit.updates import PricedCoordinates, PricedLeading
 from reference import random_factor, relative, tiny_llama
 
@@ -61,8 +64,10 @@ def test_a_budget_and_a_threshold_do_not_go_together():
     assert configured("crispedit", {"budget": "1%"})[1].budget == "1%"
     configured("crispedit", {"budget": 0.1, "energy": 0.9, "constraint": "auto", "update": "auto"})  # as in a record
     configured("crispedit", {"budget": 0.1, "update": "priced"})  # as in a session
-    with pytest.raises(ConfigError, match="budget takes the place of energy, constraint and update"):
+    with pytest.raises(ConfigError, match="budget takes the place of energy, constraint, update and lr"):
         configured("crispedit", {"budget": 0.1, "energy": 0.5})
+    with pytest.raises(ConfigError, match="budget takes the place of"):
+        configured("crispedit", {"budget": 0.1, "lr": 1e-3})
     with pytest.raises(ConfigError, match="budget is '1 cent'"):
         configured("crispedit", {"budget": "1 cent"})
     with pytest.raises(ConfigError, match="no setting 'budget'"):
@@ -74,14 +79,25 @@ def test_a_budget_and_a_threshold_do_not_go_together():
 
 def test_the_price_is_a_proximal_step():
     """Z / (1 + s λ/τ) minimises ½ ‖Z − Z₀‖² + s/2 Σ λ/τ Z²: its gradient there is zero."""
-    rule, price = PricedCoordinates(subspace(), 0.0), 3.0
+    price = 3.0
+    rule = PricedCoordinates(subspace(), price)
     start = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(0))
     rule.parameter.copy_(start)
-    rule.take(price)
+    rule.stepped()
     Z = rule.parameter.clone().requires_grad_()
-    loss = 0.5 * (Z - start).square().sum() + price / 2 * (rule.curvatures / rule.threshold * Z.square()).sum()
+    loss = 0.5 * (Z - start).square().sum() + price / 2 * (rule.metric / rule.threshold * Z.square()).sum()
     (gradient,) = torch.autograd.grad(loss, Z)
     assert float(gradient.abs().max()) < 1e-6  # a few roundings of numbers around 1
+
+
+def test_damping_costs_the_same_in_every_direction_and_predicts_nothing():
+    plain, damped = (PricedCoordinates(subspace(), 0.0, damping=damping) for damping in (0.0, 0.5))
+    assert relative(damped.metric, plain.metric + 0.5 * plain.threshold) < 1e-6
+    for rule in (plain, damped):
+        rule.parameter.normal_(generator=torch.Generator().manual_seed(1))
+    isotropic = 0.25 * plain.threshold * float(plain.parameter.square().sum())
+    assert float(damped.cost()) == pytest.approx(float(plain.cost()) + isotropic, rel=1e-6)
+    assert damped.predicted() == pytest.approx(plain.predicted(), rel=1e-4)  # a difference of float32 sums
 
 
 def test_what_is_predicted_is_the_quadratic_form_of_the_factors():
@@ -111,86 +127,211 @@ def test_leading_coordinates_know_the_top_and_the_trace():
     rule = PricedLeading(given, 0.0, rotation=0.0)
     spectrum, (r, c) = given.spectrum, given.threshold.cross
     exact = torch.outer(spectrum.beta[:r], spectrum.alpha[:c]).float()
-    assert relative(rule.curvatures[:r, :c], exact) < 1e-6
-    assert float(rule.curvatures.sum()) == pytest.approx(spectrum.traces[0] * spectrum.traces[1], rel=1e-5)
+    assert relative(rule.metric[:r, :c], exact) < 1e-6
+    assert float(rule.metric.sum()) == pytest.approx(spectrum.traces[0] * spectrum.traces[1], rel=1e-5)
     gradient = torch.ones(D_OUT, D_IN)
     assert torch.equal(rule.gradient(gradient.clone()), gradient)  # nothing is left out
 
 
-# ---------------------------------------------------------------- how it follows what is measured
+# ---------------------------------------------------------------- steps in a metric
+
+
+def metric_problem(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((3, 4), (2, 5))
+    metrics = [torch.rand(shape, generator=generator) * 10 ** torch.arange(-3.0, shape[1] - 3) for shape in shapes]
+    return [torch.zeros(shape) for shape in shapes], metrics, generator
+
+
+def length(steps, metrics) -> float:
+    return math.sqrt(sum(float((metric * step.square()).sum()) for step, metric in zip(steps, metrics, strict=True)))
+
+
+def test_the_first_step_is_the_steepest_of_its_length():
+    """Among all steps of that length in the metric none lowers a linear loss more; Cauchy and Schwarz."""
+    parameters, metrics, generator = metric_problem()
+    optimizer = NaturalDescent(parameters, metrics, lr=0.3, steps=10)
+    gradients = [torch.randn(metric.shape, generator=generator) for metric in metrics]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    assert length(parameters, metrics) == pytest.approx(0.3, rel=1e-5)  # float32
+
+    def fall(steps) -> float:
+        return -sum(float((gradient * step).sum()) for gradient, step in zip(gradients, steps, strict=True))
+
+    norm = math.sqrt(sum(float((g.square() / d).sum()) for g, d in zip(gradients, metrics, strict=True)))
+    assert fall(parameters) == pytest.approx(0.3 * norm, rel=1e-5)
+    for _ in range(50):
+        other = [
+            step + 0.1 * torch.randn(step.shape, generator=generator) / d.sqrt()
+            for step, d in zip(parameters, metrics, strict=True)
+        ]
+        scale = 0.3 / length(other, metrics)
+        assert fall([scale * step for step in other]) < fall(parameters)
+
+
+def test_steps_are_those_of_the_formula_in_float64():
+    parameters, metrics, generator = metric_problem(1)
+    optimizer = NaturalDescent(parameters, metrics, lr=0.3, steps=6)
+    expected = [parameter.double() for parameter in parameters]
+    means, square = [torch.zeros_like(one) for one in expected], 0.0
+    for number in range(1, 9):  # the last two have no length
+        gradients = [torch.randn(metric.shape, generator=generator) for metric in metrics]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        square = 0.95 * square + 0.05 * sum(
+            float((g.double() ** 2 / d).sum()) for g, d in zip(gradients, metrics, strict=True)
+        )
+        rate = 0.3 * max(0, 1 - (number - 1) / 6) / math.sqrt(square / (1 - 0.95**number))
+        for index, gradient in enumerate(gradients):
+            means[index] = 0.9 * means[index] + 0.1 * gradient.double()
+            expected[index] -= rate * means[index] / (1 - 0.9**number) / metrics[index].double()
+        for found, wanted in zip(parameters, expected, strict=True):
+            assert relative(found.double(), wanted) < 1e-5  # float32
+
+
+# ---------------------------------------------------------------- how the ball follows what is measured
 
 
 class Tiny:
-    """Two matrices of a tiny model, with priced rules and a drift that is so many times what is predicted."""
+    """Two matrices of a tiny model, their rules, and a drift that is so many times what is predicted."""
 
     def __init__(self, budget: float, times: float = 10.0) -> None:
         self.matrices = edit_matrices(tiny_llama(), None)
-        self.rules = [PricedCoordinates(subspace("auto", m.shape, m.layer), 0.0) for m in self.matrices]
+        self.rules = [PricedCoordinates(subspace("auto", m.shape, m.layer), 0.0, DAMPING) for m in self.matrices]
         self.times, self.measurements = times, 0
-        self.budgeted = Budgeted(self.matrices, self.rules, budget, self.measure, reach=0.1)
+        self.budgeted = Budgeted(self.matrices, self.rules, budget, self, steps=10)
 
     def measure(self, originals=None) -> tuple[float, float]:
         self.measurements += 1
         return self.times * sum(rule.predicted() for rule in self.rules), 2.0
 
-    def move(self, size: float = 0.1) -> None:
+    def estimate(self, originals) -> float:
+        return self.measure()[0]
+
+    def move(self, size: float = 0.1) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         for rule in self.rules:
             rule.parameter.normal_(generator=generator).mul_(size)
+        return [rule.parameter.clone() for rule in self.rules]
+
+    def cost(self) -> float:
+        return sum(float(rule.cost()) for rule in self.rules)
+
+    def is_written(self, originals) -> bool:
+        return all(
+            relative(m.weight, w + rule.delta()) < 1e-6
+            for m, rule, w in zip(self.matrices, self.rules, originals, strict=True)
+        )
 
 
-def test_the_price_follows_the_measured_drift_within_bounds():
-    with torch.no_grad():
-        tiny = Tiny(budget=1.0)
-        tiny.move()
-        spent = tiny.measure()[0]
-        for share, factor in ((2 * AIM, 2.0), (100.0, TIGHTEN), (AIM / 2, 0.5), (1e-9, RELAX)):
-            tiny.budgeted.budget, before = spent / share, tiny.budgeted.price
-            assert tiny.budgeted.after_epoch(low=True) == (share <= 1)  # low enough is not enough outside the budget
-            assert tiny.budgeted.price == pytest.approx(before * factor)
-            assert not tiny.budgeted.after_epoch(low=False)
-            tiny.budgeted._ask(before)
-        tiny.budgeted.reset()
-        assert (tiny.budgeted.price, tiny.budgeted.spent) == (tiny.budgeted.first, [])
-
-
-def test_what_is_too_much_is_taken_back_the_dearest_first():
+def test_what_is_outside_the_ball_is_projected_onto_it():
+    """In the metric nothing in the ball is nearer."""
     with torch.no_grad():
         tiny = Tiny(budget=1.0)
         originals = [matrix.weight.clone() for matrix in tiny.matrices]
+        outside = tiny.move(10.0)
+        assert tiny.cost() > tiny.budgeted.allowed
+        tiny.budgeted.apply()
+        assert tiny.cost() == pytest.approx(tiny.budgeted.allowed, rel=1e-5)  # float32
+        assert tiny.is_written(originals)
+        projected, metrics = [rule.parameter.clone() for rule in tiny.rules], [rule.metric for rule in tiny.rules]
+        nearest = length([a - b for a, b in zip(outside, projected, strict=True)], metrics)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(50):
+            other = [p + torch.randn(p.shape, generator=generator) * p.abs() for p in projected]
+            scale = math.sqrt(2 * tiny.budgeted.allowed) / length(other, metrics)
+            assert length([a - scale * b for a, b in zip(outside, other, strict=True)], metrics) > nearest
+
+
+def test_what_is_inside_stays_as_it_is():
+    with torch.no_grad():
+        tiny = Tiny(budget=1e6)
+        inside = tiny.move()
+        tiny.budgeted.apply()
+        assert all(torch.equal(rule.parameter, one) for rule, one in zip(tiny.rules, inside, strict=True))
+
+
+def test_the_ball_follows_the_measured_drift_within_bounds():
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0)
         tiny.move()
-        learned = [rule.parameter.clone() for rule in tiny.rules]
+        ratio = RATIO
+        for times in (15.0, 100.0, 100.0, 1.0, 28.0):
+            tiny.times = times
+            ratio = min(LEARN * ratio, max(ratio / LEARN, times))
+            assert not tiny.budgeted.after_epoch(low=False)
+            assert tiny.budgeted.ratio == pytest.approx(ratio)
+            assert tiny.budgeted.allowed == pytest.approx(AIM * 1.0 / ratio)
+        assert [one.drift for one in tiny.budgeted.spent] == pytest.approx(
+            [t * tiny.budgeted.predicted() for t in (15, 100, 100, 1, 28)]
+        )
+        tiny.budgeted.reset()
+        assert (tiny.budgeted.ratio, tiny.budgeted.spent) == (RATIO, [])
+
+
+def test_a_low_loss_ends_the_edit_within_the_budget_only():
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0)
+        tiny.move()
+        for share, over in ((0.99, True), (1.01, False)):
+            tiny.budgeted.budget = tiny.measure()[0] / share
+            assert tiny.budgeted.after_epoch(low=True) == over
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_what_is_too_much_is_taken_back(power):
+    """Where drift is what is predicted, and where it grows more slowly, as between models that are far apart."""
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0)
+        originals = [matrix.weight.clone() for matrix in tiny.matrices]
+        learned = tiny.move()
+        tiny.measure = lambda originals=None: (10 * sum(rule.predicted() for rule in tiny.rules) ** power, 2.0)
         tiny.budgeted.budget = budget = tiny.measure()[0] / 20
         found = tiny.budgeted.keep_within()
-        assert tiny.measure()[0] <= budget
-        assert tiny.measure()[0] == pytest.approx(WITHIN * budget, rel=1e-3)  # bisection of ν to 30 halvings
-        assert found["ratio"] == pytest.approx(10)
+        assert 0.5 * budget < tiny.measure()[0] <= budget
         for rule, before in zip(tiny.rules, learned, strict=True):
-            kept = rule.parameter / before
-            expected = 1 / (1 + found["taken_back"] / rule.threshold * rule.curvatures)
-            assert relative(kept, expected) < 1e-5
-        for matrix, rule, original in zip(tiny.matrices, tiny.rules, originals, strict=True):
-            assert relative(matrix.weight, original + rule.delta()) < 1e-6
+            assert relative(rule.parameter, (1 - found["taken_back"]) * before) < 1e-5  # float32
+        assert tiny.is_written(originals)
+        assert found["ratio"] == pytest.approx(tiny.measure()[0] / found["predicted"])
 
 
 def test_what_is_within_is_left_as_it_is():
     with torch.no_grad():
         tiny = Tiny(budget=1e6)
-        tiny.move()
-        learned, tiny.measurements = [rule.parameter.clone() for rule in tiny.rules], 0
+        learned, tiny.measurements = tiny.move(), 0
         assert tiny.budgeted.keep_within()["taken_back"] == 0
         assert tiny.measurements == 1
         assert all(torch.equal(rule.parameter, one) for rule, one in zip(tiny.rules, learned, strict=True))
 
 
-def test_a_prediction_that_errs_more_the_more_is_taken_back_is_learned():
+def test_estimates_are_of_a_sample_and_measured_on_all_now_and_then(monkeypatch):
+    """A sample is multiplied by what all texts said of it, so that it errs only in how drift has moved since."""
+    monkeypatch.setattr(drift_meter, "SAMPLE", 4)
+    model = tiny_llama()
+    matrices = edit_matrices(model, None)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 64, (4 + n % 7,), generator=generator).tolist() for n in range(40)]
+    batches = row_batches(model, rows, batch_tokens=64)
     with torch.no_grad():
-        tiny = Tiny(budget=1.0)
-        tiny.move()
-        tiny.budgeted.drift = lambda: 10 * sum(rule.predicted() for rule in tiny.rules) ** 0.5
-        tiny.budgeted.budget = budget = tiny.budgeted.drift() / 20
-        tiny.budgeted.keep_within()
-        assert 0.5 * budget < tiny.budgeted.drift() <= budget
+        meter = DriftMeter(model, matrices, batches)
+        originals = {matrix.name: matrix.weight.clone() for matrix in matrices}
+        base = {id(batch): logits_of(model)(batch) for batch in batches}
+        assert meter.measure(originals)[0] == 0
+        drifts = []
+        for number in range(drift_meter.WHOLE + 1):
+            for matrix in matrices:
+                matrix.weight.add_(0.05 * matrix.weight.std() * torch.randn(matrix.shape, generator=generator))
+            expected = measure_drift(lambda batch: base[id(batch)], logits_of(model), batches)
+            estimate = meter.estimate(originals)
+            drifts.append((estimate, expected.drift))
+            assert estimate == pytest.approx(expected.drift, rel=0.5)
+            if number in (0, drift_meter.WHOLE):
+                assert estimate == pytest.approx(expected.drift, rel=1e-6)  # the same computation
+        assert any(estimate != drift for estimate, drift in drifts)
+        assert meter.measure(originals) == pytest.approx((expected.drift, expected.loss_base), rel=1e-6)
 
 
 # ---------------------------------------------------------------- edits within a budget
@@ -243,7 +384,7 @@ def test_the_certificate_is_measured(given):
 def test_drift_is_measured_in_turned_bases_too(given, monkeypatch, kept):
     """As for wide matrices: they are trained, and measured, in bases of their leading directions."""
     monkeypatch.setattr(updates, "AFFORDABLE", 0.1)
-    monkeypatch.setattr(proof, "KEPT", kept)
+    monkeypatch.setattr(drift_meter, "KEPT", kept)
     assert given[1].subspace("model.layers.3.mlp.down_proj.weight", 0.9).threshold.cross is not None
     certificate = edited(given, 0.002).metrics["budget"]
     assert certificate["met"]

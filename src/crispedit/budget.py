@@ -2,44 +2,46 @@
 
     minimise  edit loss   subject to   measured drift ≤ ε
 
-is solved by its Lagrangian. Every step of Adam is followed by a proximal step on s/2 Σ (λ_ij/τ) Z_ij², the drift that
-the curvature predicts, in the Kronecker eigenbasis: Z ← Z / (1 + s λ/τ). Nothing is left out; every direction has its
-price (:class:`crispedit.updates.PricedCoordinates`). The price s is the multiplier, and is looked for while the edits
-are learned: after every epoch drift is *measured*, and s rises where it is above what is aimed at and falls where it is
-below. So the prediction is only asked which directions are dear, not how much they cost: it is off by a factor of about
-ten, since K-FAC takes tokens and matrices for independent, and the factor is learned. At the end, what is still too
-much is taken back along the same prices.
+by a trust region in the metric of the capability curvature. In the Kronecker eigenbasis that metric is diagonal,
+D = λ + μ, and a change Z of all matrices is predicted to cost ½ Σ D Z² nats per token. Nothing is left out: every
+direction has its price. A step goes where the edit loss falls fastest for what it costs (:mod:`crispedit.natural`), and
+what then lies outside the ball ½ Σ D Z² ≤ ρ is scaled back onto it, which is the projection in this metric. How large
+the ball may be is measured: the prediction takes tokens and matrices for independent and is too low by a factor of
+about ten, so drift is measured after every epoch, and ρ is ε over measured / predicted.
 
-The problem is that of CrispEdit (arXiv 2602.15823, section 2); what solves it here, and what else was tried, is in
-docs/decisions.md.
+The problem is that of CrispEdit (arXiv 2602.15823, section 2), which leaves trust regions to future work; what else was
+tried is in docs/decisions.md.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .drift_meter import DriftMeter
 from .errors import ConfigError
 from .models import EditMatrix
+from .natural import NaturalDescent
 from .training import RuledMatrices
 from .updates import PricedRule
 
-AIM = 0.9
-"""The share of the budget that is aimed at: measured drift goes up and down by a few percent from epoch to epoch."""
-TIGHTEN, RELAX = 4.0, 0.25
-"""The price changes at most by these factors from epoch to epoch."""
+AIM = 0.95
+"""The share of the budget that is aimed at: what is measured goes up and down by a few percent from epoch to epoch."""
+STEP = 0.1
+"""The length of the first step, in terms of the ball's radius; it falls linearly to zero."""
+DAMPING = 1e-4
+"""μ, in terms of τ at γ 0.9: along directions that cost nothing a step has no length."""
+RATIO = 10.0
+"""Measured over predicted drift, before it is known; measured on the bundled model."""
+LEARN = 2.0
+"""That ratio changes at most by this factor from epoch to epoch."""
 WITHIN = 0.99
 """The share of the budget that is kept when too much was spent and is taken back."""
 TRIES = 12
 """Measurements at most while that is done; each learns how far off the prediction is."""
-RATIO = 8.0
-"""What drift is at the first measurement, in terms of the prediction; measured on the bundled model."""
-
-Measure = Callable[[Mapping[str, Tensor]], tuple[float, float]]
-"""Measures the model as it is, on held-out texts: drift from the base and the base's loss, nats per token. It is given
-what the matrices are in the base, by name, in the bases in which they are seen at the moment."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +96,25 @@ class Spent:
     """What an epoch left.
 
     Args:
-        drift: Measured, nats per token.
+        drift: Measured on a sample of the texts, or on all; nats per token.
         predicted: By the curvature.
-        price: s, during the epoch.
+        allowed: The most that could be predicted, ρ.
     """
 
     drift: float
     predicted: float
-    price: float
+    allowed: float
 
 
 class Budgeted(RuledMatrices):
-    """Matrices through rules that put a price on curvature, and the price.
+    """Matrices that are trained inside a ball of predicted drift, and the ball.
 
     Args:
         matrices: What is edited, inside :func:`crispedit.precision.float32_masters`.
-        rules: One per matrix.
+        rules: One per matrix, damped; their own price is 0.
         budget: ε, nats per token.
-        measure: See :data:`Measure`.
-        reach: How far a coordinate comes in the run if nothing holds it, about: sets the first price.
+        meter: Of drift.
+        steps: At most.
     """
 
     def __init__(
@@ -120,38 +122,47 @@ class Budgeted(RuledMatrices):
         matrices: Sequence[EditMatrix],
         rules: Sequence[PricedRule],
         budget: float,
-        measure: Measure,
-        reach: float,
+        meter: DriftMeter,
+        steps: int,
     ) -> None:
         super().__init__(matrices, rules)
-        self.priced, self.budget = rules, budget
-        base = {matrix.name: original for matrix, original in zip(matrices, self._originals, strict=True)}
-        self.drift: Callable[[], float] = lambda: measure(base)[0]
-        self.first = _first_price(rules, budget / RATIO, reach)
+        self.priced, self.budget, self.meter, self.steps = rules, budget, meter, steps
+        self.base = {matrix.name: original for matrix, original in zip(matrices, self._originals, strict=True)}
+        self.ratio = RATIO
         self.spent: list[Spent] = []
-        self._ask(self.first)
 
     @property
-    def price(self) -> float:
-        """s, of all matrices."""
-        return self.priced[0].price
+    def allowed(self) -> float:
+        """ρ: the most drift that may be predicted, nats per token."""
+        return AIM * self.budget / self.ratio
 
-    def _ask(self, price: float) -> None:
-        for rule in self.priced:
-            rule.price = price
+    def optimizer(self, lr: float) -> NaturalDescent:
+        """Steepest descent in the metric; a step is ``lr`` times as long as the ball's radius."""
+        metrics = [rule.metric for rule in self.priced]
+        return NaturalDescent(self.parameters, metrics, lr * math.sqrt(2 * self.allowed), self.steps)
 
     def reset(self) -> None:
-        """The rules' parameters, and the price, as they were."""
+        """The rules' parameters, and the ball, as they were."""
         super().reset()
-        self.spent = []
-        self._ask(self.first)
+        self.ratio, self.spent = RATIO, []
 
     def predicted(self) -> float:
         """½ Σ λ Z², nats per token."""
         return sum(rule.predicted() for rule in self.priced)
 
+    def apply(self) -> None:
+        """Scales back onto the ball what is outside it, and writes W₀ + ΔW."""
+        device = self.parameters[0].device
+        cost = torch.stack([rule.cost().to(device) for rule in self.priced]).sum()
+        self._scale((self.allowed / cost).sqrt().clamp(max=1))
+        super().apply()
+
+    def _scale(self, factor: Tensor | float) -> None:
+        for parameter in self.parameters:
+            parameter.mul_(factor.to(parameter.device) if isinstance(factor, Tensor) else factor)
+
     def after_epoch(self, low: bool) -> bool:
-        """Measures, and adapts the price.
+        """Measures, and learns how far off the prediction is.
 
         Args:
             low: Whether the edit loss is low enough.
@@ -159,72 +170,32 @@ class Budgeted(RuledMatrices):
         Returns:
             Whether it is, within the budget.
         """
-        drift = self.drift()
-        self.spent.append(Spent(drift=drift, predicted=self.predicted(), price=self.price))
-        self._ask(self.price * min(TIGHTEN, max(RELAX, drift / (AIM * self.budget))))
+        drift, predicted = self.meter.estimate(self.base), self.predicted()
+        self.spent.append(Spent(drift=drift, predicted=predicted, allowed=self.allowed))
+        if predicted > 0:
+            self.ratio = min(LEARN * self.ratio, max(self.ratio / LEARN, drift / predicted))
         return low and drift <= self.budget
 
     def keep_within(self) -> dict[str, Any]:
-        """Takes back what is above the budget, the dearest first.
-
-        Every coordinate is divided by 1 + ν λ/τ, with the smallest ν for which the drift, measured, is within the
-        budget: of all changes of that predicted drift it is the nearest to what was learned.
+        """Takes back what is above the budget: all changes are scaled down until drift, measured, is within it.
 
         Returns:
-            For the record: ``course`` (the fields of :class:`Spent` by epoch), ``taken_back`` (ν), and ``predicted``
-            and ``ratio`` (measured over predicted drift) at the end.
+            For the record: ``course`` (the fields of :class:`Spent` by epoch), ``taken_back`` (the share of the
+            change), and ``predicted`` and ``ratio`` (measured over predicted drift) at the end.
         """
-        learned = [rule.parameter.clone() for rule in self.priced]
-        self._ask(0.0)  # from now on nothing is taken by the way
-        drift, back = self.drift(), 0.0
+        drift, kept = self.meter.measure(self.base)[0], 1.0
         for _ in range(TRIES):
             if drift <= self.budget:
                 break
-            ratio = drift / max(self.predicted(), 1e-30)
-            back = self._just_enough(learned, WITHIN * self.budget / ratio)
-            self._divide(learned, back)
-            self.apply()
-            drift = self.drift()
+            factor = math.sqrt(WITHIN * self.budget / drift)  # drift is about quadratic in the change
+            kept *= factor
+            self._scale(factor)
+            super().apply()
+            drift = self.meter.measure(self.base)[0]
         predicted = self.predicted()
         return {
             "course": [asdict(one) for one in self.spent],
-            "taken_back": back,
+            "taken_back": 1 - kept,
             "predicted": predicted,
             "ratio": drift / predicted if predicted > 0 else None,
         }
-
-    def _divide(self, learned: Sequence[Tensor], back: float) -> None:
-        for rule, parameter in zip(self.priced, learned, strict=True):
-            rule.parameter.copy_(parameter)
-            rule.take(back)
-
-    def _just_enough(self, learned: Sequence[Tensor], wanted: float) -> float:
-        """The ν that brings the predicted drift down to what is wanted, by bisection."""
-        low, high = 0.0, 1e-6
-        while high < 1e30:
-            self._divide(learned, high)
-            if self.predicted() <= wanted:
-                break
-            low, high = high, 10 * high
-        for _ in range(30):
-            middle = math.sqrt(max(low, high / 10) * high)
-            self._divide(learned, middle)
-            low, high = (low, middle) if self.predicted() <= wanted else (middle, high)
-        return high
-
-
-def _first_price(rules: Sequence[PricedRule], wanted: float, reach: float) -> float:
-    """The price at which coordinates that all go as far as they can have this predicted drift.
-
-    A coordinate that Adam moves by η a step rests at η τ / (s λ), or gets as far as ``reach`` if that is nearer; with
-    steps that do not all point one way both are taken for what √T of T steps do.
-    """
-    low, high = 1e-12, 1e30
-    while high > 1.01 * low:
-        middle = math.sqrt(low * high)
-        total = 0.0
-        for rule in rules:
-            rest = (reach / (middle / rule.threshold * rule.curvatures)).clamp(max=reach)
-            total += 0.5 * float((rule.curvatures * rest.square()).nan_to_num().sum())
-        low, high = (low, middle) if total <= wanted else (middle, high)
-    return high

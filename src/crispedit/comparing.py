@@ -25,6 +25,7 @@ from . import __version__
 from .artifacts import check_writable, read_json, write_json, write_text
 from .capability import Logits, logits_of
 from .curvature import read_manifest
+from .drift_meter import logits_with
 from .editing import EditResult
 from .editors import configured, editor_names
 from .editors.base import EditorConfig
@@ -56,7 +57,6 @@ from .models import (
 )
 from .patch import StoredTensors
 from .progress import Progress, log, no_progress
-from .proof import logits_with
 from .rows import Prompter
 from .scatter import draw_comparison
 from .texts import CapabilityTexts

@@ -24,6 +24,7 @@ from .capability import TextSums
 from .certificate import certificate, texts_hash
 from .checkpoint import PATCH, RECORD, Form, read_back, round_to, write_model
 from .curvature import Curvature
+from .drift_meter import DriftMeter
 from .editors import configured
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
@@ -39,7 +40,6 @@ from .proof import (
     MatrixChange,
     check_edited,
     drift_from,
-    drift_meter,
     examples,
     matrix_changes,
     spread,
@@ -297,7 +297,7 @@ def _edit_and_prove(
         with float32_masters(matrices):
             loss_before = loss()
             if held_out:
-                problem.drift = drift_meter(model, matrices, held_out.batches)
+                problem.drift = DriftMeter(model, matrices, held_out.batches)
             rounds, seconds = _run(module.edit(problem, config), after_round)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()

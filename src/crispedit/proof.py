@@ -3,14 +3,15 @@
 An edit that did nothing, or went wrong, is an error with a diagnosis, and not a model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .capability import Logits, TextSums, drift_of_texts, logits_of, measure_drift
+from .capability import TextSums, drift_of_texts, logits_of
+from .drift_meter import logits_with
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
 from .progress import Progress
@@ -20,8 +21,6 @@ from .training import STOP_LOSS
 from .wild import Question
 
 Item = TypeVar("Item")
-KEPT = 2**29
-"""Bytes of logits of the base model that are kept at the most, to measure drift again."""
 PROOF_EDITS = 64
 """Before and after are shown on at most so many edits, evenly spread over the edit set."""
 
@@ -102,58 +101,6 @@ def drift_from(
     """Drift of the model from itself with its original matrices, swapped in and out batch by batch."""
     base = logits_with(model, matrices, originals)
     return drift_of_texts(base, logits_of(model), batches, progress=progress)
-
-
-def drift_meter(
-    model: Any, matrices: Sequence[EditMatrix], batches: Sequence[TokenBatch]
-) -> Callable[[Mapping[str, Tensor]], tuple[float, float]]:
-    """Measures the model as it is, again and again: drift from its original matrices, and the loss with these.
-
-    What the base model says is kept from the first time where it takes little memory, and computed anew where not.
-
-    Args:
-        model: The model.
-        matrices: Those that may have changed.
-        batches: Held-out texts.
-
-    Returns:
-        What measures: nats per token each. It is given the original matrices, by name, in the bases in which the
-        matrices are seen at the moment (:mod:`crispedit.rotation`).
-    """
-    kept: dict[int, Tensor] = {}
-
-    def measured(originals: Mapping[str, Tensor]) -> tuple[float, float]:
-        base = logits_with(model, matrices, originals)
-
-        def remembered(batch: TokenBatch) -> Tensor:
-            logits = kept.get(id(batch))
-            if logits is None:
-                logits = base(batch)
-                if sum(one.nbytes for one in kept.values()) + logits.nbytes <= KEPT:
-                    kept[id(batch)] = logits
-            return logits
-
-        found = measure_drift(remembered, logits_of(model), batches)
-        return found.drift, found.loss_base
-
-    return measured
-
-
-def logits_with(model: Any, matrices: Sequence[EditMatrix], weights: Mapping[str, Tensor]) -> Logits:
-    """Logits of the model with other weights of some matrices, which are swapped in for every batch and out again."""
-    logits = logits_of(model)
-    own = {m.name: m.weight.clone() for m in matrices}
-
-    def run(batch: TokenBatch) -> Tensor:
-        for matrix in matrices:
-            matrix.weight.copy_(weights[matrix.name])
-        try:
-            return logits(batch)
-        finally:
-            for matrix in matrices:
-                matrix.weight.copy_(own[matrix.name])
-
-    return run
 
 
 def matrix_changes(

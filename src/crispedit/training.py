@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adam import AdamMemory
+from .adam import AdamMemory, adam
 from .errors import NumericsError
 from .forward import collate, target_logits
 from .models import EditMatrix
@@ -193,6 +193,9 @@ class Trainee(Protocol):
     def differentiated(self) -> Sequence[Tensor]:
         """In what the loss is differentiated: tensors of the model's graph."""
 
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """What trains the parameters, from where they are."""
+
     def learn(self, gradients: Sequence[Tensor]) -> None:
         """Gives the parameters their ``grad``, from the gradients in :meth:`differentiated`."""
 
@@ -227,6 +230,10 @@ class RuledMatrices:
     def differentiated(self) -> Sequence[Tensor]:
         """The matrices, as their modules have them."""
         return [matrix.parameter for matrix in self.matrices]
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """Adam."""
+        return adam(self.parameters, lr)
 
     def learn(self, gradients: Sequence[Tensor]) -> None:
         """Through the rules."""
@@ -302,7 +309,7 @@ class _Run:
         self.loop, self.rate, self.trace = loop, rate, Trace()
         loop.trainee.reset()
         loop.trainee.apply()
-        self.optimizer = torch.optim.Adam(loop.trainee.parameters, lr=rate, fused=True)
+        self.optimizer = loop.trainee.optimizer(rate)
         if loop.memory is not None:
             loop.memory.recall(self.optimizer, loop.rules)
         self.rng = random.Random(loop.seed)

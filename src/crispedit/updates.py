@@ -174,24 +174,27 @@ class _Priced(_Rule):
         curvatures: λ by coordinate, (d_out, d_in) float32, not negative.
         threshold: τ, in terms of which prices are.
         price: s.
+        damping: μ / τ: what every direction costs beside its curvature.
     """
 
-    def __init__(self, curvatures: Tensor, threshold: float, price: float) -> None:
-        self.curvatures, self.threshold, self.price = curvatures, threshold, price
+    def __init__(self, curvatures: Tensor, threshold: float, price: float, damping: float) -> None:
+        self.threshold, self.price, self.damping = threshold, price, damping * threshold
+        self.metric = curvatures.add_(self.damping)
         self.parameter = torch.zeros_like(curvatures)
 
     def stepped(self) -> None:
-        """Z ← Z / (1 + s λ/τ)."""
-        self.take(self.price)
+        """Z ← Z / (1 + s D/τ), D = λ + μ."""
+        if self.price > 0:
+            self.parameter.div_((self.metric * (self.price / self.threshold)).add_(1))
 
-    def take(self, price: float) -> None:
-        """Z ← Z / (1 + s λ/τ) at another price."""
-        if price > 0:
-            self.parameter.div_((self.curvatures * (price / self.threshold)).add_(1))
+    def cost(self) -> Tensor:
+        """½ Σ D Z², a scalar in float64."""
+        return 0.5 * (self.metric * self.parameter.square()).sum(dtype=torch.float64)
 
     def predicted(self) -> float:
         """½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
-        return 0.5 * float((self.curvatures * self.parameter.square()).sum(dtype=torch.float64))
+        undamped = self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
+        return max(0.0, float(undamped))
 
 
 class PricedCoordinates(_Priced):
@@ -204,13 +207,15 @@ class PricedCoordinates(_Priced):
     Args:
         subspace: Of the matrix; its spectrum is complete.
         price: s: a coordinate of curvature τ keeps 1 / (1 + s) of itself in a step.
+        damping: μ / τ.
     """
 
-    def __init__(self, subspace: Subspace, price: float) -> None:
+    def __init__(self, subspace: Subspace, price: float, damping: float = 0.0) -> None:
         self.spectrum = spectrum = subspace.spectrum
         table = subspace.threshold.table
         curvatures = torch.outer(spectrum.beta, spectrum.alpha).clamp(min=0).float() if table is None else table.float()
-        super().__init__(curvatures.to(spectrum.input_basis.device), _positive(subspace.threshold.tau), price)
+        device = spectrum.input_basis.device
+        super().__init__(curvatures.to(device, copy=True), _positive(subspace.threshold.tau), price, damping)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
         """U_Gᵀ ∇W U_A."""
@@ -232,9 +237,10 @@ class PricedLeading(_Priced):
         subspace: A cross; the directions that it takes are turned at least.
         price: s.
         rotation: What the bases may cost: see :func:`leading_counts`.
+        damping: μ / τ.
     """
 
-    def __init__(self, subspace: Subspace, price: float, rotation: float = ROTATION) -> None:
+    def __init__(self, subspace: Subspace, price: float, rotation: float = ROTATION, damping: float = 0.0) -> None:
         self.frame = _leading_frame(subspace, rotation)
         spectrum = subspace.spectrum
         (r, c), (d_out, d_in) = leading_counts(subspace, rotation), subspace.shape
@@ -242,7 +248,7 @@ class PricedLeading(_Priced):
         beta = _with_mean(spectrum.beta, spectrum.traces[1], r, d_out)
         threshold = energy_threshold(alpha, beta, subspace.threshold.captured)
         device = spectrum.input_basis.device
-        super().__init__(torch.outer(beta, alpha).float().to(device), _positive(threshold.tau), price)
+        super().__init__(torch.outer(beta, alpha).float().to(device), _positive(threshold.tau), price, damping)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
         """∇W', W' being W in the bases."""
@@ -438,13 +444,14 @@ def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
     return next((update for update in possible if cost(update) <= most), min(possible, key=cost))
 
 
-def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION) -> PricedRule:
+def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION, damping: float = 0.0) -> PricedRule:
     """The rule ``priced`` for one matrix, in the coordinates that its subspace is of.
 
     Args:
         subspace: Of the matrix, on the device of its weight.
         price: s.
         rotation: See :func:`leading_counts`.
+        damping: μ / τ: what every direction costs beside its curvature.
 
     Returns:
         The rule, its parameter at zero.
@@ -453,8 +460,8 @@ def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION) ->
         ConfigError: The energy of the subspace is 0.
     """
     if subspace.threshold.cross is not None:
-        return PricedLeading(subspace, price, rotation)
-    return PricedCoordinates(subspace, price)
+        return PricedLeading(subspace, price, rotation, damping)
+    return PricedCoordinates(subspace, price, damping)
 
 
 def update_rule(

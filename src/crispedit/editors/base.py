@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..budget import Measure
 from ..curvature import Curvature
+from ..drift_meter import DriftMeter
 from ..edits import Edit
 from ..errors import ConfigError, did_you_mean
 from ..models import EditMatrix, edit_matrices
@@ -125,8 +125,7 @@ class EditProblem:
         curvature: Of the capability loss, where there is one.
         texts: Capability texts, where there are any.
         train_edits: Other edits, for editors that learn how to edit.
-        drift: Measures the model as it is, on held-out texts; see :data:`crispedit.budget.Measure`; ``None`` without
-            such texts.
+        drift: Measures the model as it is, on held-out texts; ``None`` without such texts.
         seed: For everything drawn at random.
         progress: To be called after every step.
     """
@@ -139,7 +138,7 @@ class EditProblem:
     curvature: Curvature | None
     texts: CapabilityTexts | None = None
     train_edits: Sequence[Edit] = ()
-    drift: Measure | None = None
+    drift: DriftMeter | None = None
     seed: int
     progress: Progress
 

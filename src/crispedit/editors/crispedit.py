@@ -9,13 +9,12 @@ fine-tuning: Adam on W itself. (CrispEdit, arXiv 2602.15823, Algorithm 1.) With 
 every direction has its price, such that measured drift stays within the budget (:mod:`crispedit.budget`).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..budget import Budget, Budgeted
+from ..budget import DAMPING, STEP, Budget, Budgeted
 from ..curvature import Constraint, Curvature
 from ..errors import ConfigError
 from ..models import EditMatrix
@@ -25,9 +24,6 @@ from ..training import rows_per_step
 from ..updates import PRICE, ROTATION, PricedRule, Update, UpdateRule, priced_rule, update_rule
 from ._gradient import PUBLISHED, RuledConfig, train_in, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
-
-BUDGET_LR = 8.0
-"""The learning rate of ``auto`` with a budget, times d_in: the price holds what the rate would wreck."""
 
 
 class SubspaceConfig(RuledConfig):
@@ -89,18 +85,18 @@ class Config(SubspaceConfig):
         if self.budget is not None:
             Budget.parse(self.budget)
             fields = type(self).model_fields
-            others = any(getattr(self, name) != fields[name].default for name in ("energy", "constraint"))
+            others = any(getattr(self, name) != fields[name].default for name in ("energy", "constraint", "lr"))
             if others or self.update not in ("auto", "priced"):
-                raise ConfigError("budget takes the place of energy, constraint and update: give one or the other")
+                raise ConfigError("budget takes the place of energy, constraint, update and lr: give one or the other")
         return self
 
     def subspace(self, curvature: Curvature, name: str) -> Subspace | None:
         """The low-curvature subspace; none is kept to where every direction has its price."""
         return super().subspace(curvature, name) if self.budget is None else None
 
-    def priced_rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[PricedRule]:
-        """The rules of matrices whose directions all have their price."""
-        return [priced_rule(subspace, 0.0, self.rotation) for subspace in self._subspaces(curvature, matrices)]
+    def budget_rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[PricedRule]:
+        """The rules of matrices that are trained within a budget."""
+        return [priced_rule(subspace, 0.0, self.rotation, DAMPING) for subspace in self._subspaces(curvature, matrices)]
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
@@ -135,16 +131,13 @@ def _within_budget(problem: EditProblem, config: Config) -> Round:
     assert problem.curvature is not None
     if problem.drift is None:
         raise ConfigError("a budget is measured on held-out texts, and this curvature has none: give --texts")
-    rules = config.priced_rules(problem.curvature, problem.matrices)
+    rules = config.budget_rules(problem.curvature, problem.matrices)
     every = range(len(problem.edits))
-    budget = Budget.parse(config.budget)
-    rate = BUDGET_LR / max(matrix.shape[1] for matrix in problem.matrices) if config.lr == "auto" else config.lr
-    per_step = rows_per_step(len(every), config.batch_size)
-    steps = config.epochs * -(-len(every) // per_step)
-    originals = {matrix.name: matrix.weight.clone() for matrix in problem.matrices}
-    nats = budget.nats(problem.drift(originals)[1])
+    steps = config.epochs * -(-len(every) // rows_per_step(len(every), config.batch_size))
+    budget, originals = Budget.parse(config.budget), {matrix.name: matrix.weight.clone() for matrix in problem.matrices}
+    nats = budget.nats(problem.drift.measure(originals)[1])
     with rotated(problem.matrices, [rule.frame for rule in rules]):
-        trainee = Budgeted(problem.matrices, rules, nats, problem.drift, reach=rate * math.sqrt(steps))
-        trace = train_in(problem, config, trainee, every, lr=rate)
+        trainee = Budgeted(problem.matrices, rules, nats, problem.drift, steps)
+        trace = train_in(problem, config, trainee, every, lr=STEP)
         found = trainee.keep_within()
     return Round(num_edits=len(every), trace=trace, budget={"said": str(budget), "budget": nats, **found})

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from ..adam import adam
 from ..errors import ConfigError
 from ..models import EditMatrix, Part, edit_matrices
 from ..moments import MomentSum
@@ -238,6 +239,10 @@ class Adapter:
     def differentiated(self) -> Sequence[Tensor]:
         """The matrices, for the loss, and then the parameters that the penalty is on."""
         return [*(matrix.parameter for matrix in self.matrices), *self._penalised]
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """Adam."""
+        return adam(self.parameters, lr)
 
     def learn(self, gradients: Sequence[Tensor]) -> None:
         """Back through ΔW; PEFT's hooks on the parameters project gradients there, with ``osf``."""
