@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from . import evaluate_cli, lenet_cli, patch_cli, session_cli
+from . import evaluate_cli, lenet_cli, patch_cli, ranks, session_cli
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
 from .options import (
     BatchSize,
@@ -509,7 +509,41 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the program and exits with its status; the only place that exits."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
-    sys.exit(_run(arguments))
+    sys.exit(_run(arguments) if ranks.launched() == 1 else _run_together(arguments))
+
+
+TOGETHER = ("curvature", "edit", "evaluate", "ask", "editors", "tasks", "demo")
+"""The commands that several processes may run together; of the others, some would write a file twice."""
+
+
+def _run_together(arguments: list[str] | None) -> int:
+    """Runs the program as one of several processes (:mod:`crispedit.distributed`); the status."""
+    from . import distributed
+
+    names = [name for name in (sys.argv[1:] if arguments is None else arguments) if not name.startswith("-")]
+    try:
+        distributed.start()
+        if names and names[0] not in TOGETHER:
+            raise ConfigError(f"'crispedit {names[0]}' runs in one process: start it without a launcher")
+    except CrispEditError as error:
+        _say(str(error))
+        return error.exit_status
+    if not ranks.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    status = _run(arguments)
+    if status == 0:
+        distributed.stop()
+    return status
+
+
+def _say(message: str) -> None:
+    """A line on stderr; of several processes only the first that fails says why."""
+    if ranks.joined():
+        from .distributed import may_speak
+
+        if not may_speak():
+            return
+    print(f"crispedit: {message}", file=sys.stderr, flush=True)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -517,17 +551,17 @@ def _run(arguments: list[str] | None) -> int:
     try:
         status = app(arguments, standalone_mode=False, prog_name="crispedit")
         if status == 130:  # how Typer returns from a KeyboardInterrupt
-            print("crispedit: interrupted; no result was written", file=sys.stderr)
+            _say("interrupted; no result was written")
         return status if isinstance(status, int) else 0
     except CrispEditError as error:
         if debug:
             raise
-        print(f"crispedit: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_status
     except Exception as error:
         if hasattr(error, "format_message"):  # how Typer reports a wrong command line
             message = " ".join(error.format_message().split())
-            print(f"crispedit: {message.rstrip('.')}; see 'crispedit --help'", file=sys.stderr)
+            _say(f"{message.rstrip('.')}; see 'crispedit --help'")
             return 2
         raise
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
+from . import ranks
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
 
@@ -112,9 +113,11 @@ def load_model(
     Raises:
         ModelError: There is no such model, it is no causal LM with safetensors weights, some are
             missing, it is quantised, or it has no tokenizer.
-        ConfigError: No such device or dtype.
+        ConfigError: No such device or dtype, or a device map for one of several processes.
     """
     source, target = _checked_source(name, dtype), find_device(device)
+    if device_map is not None and ranks.joined():
+        raise ConfigError("a device map spreads a model over the devices of one process; with several, leave it out")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _explained(name):
         config = _float_config(name, source, options)
@@ -202,13 +205,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is a GPU when there is one.
+    """The device of a name; ``auto`` is a GPU when there is one: of several processes on a host, each has its own.
 
     Raises:
         ConfigError: It cannot be used here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.local_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"device '{name}' is one GPU for {ranks.local_size()} processes; each has its own: leave it out")
+        name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

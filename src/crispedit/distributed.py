@@ -1,0 +1,320 @@
+"""Several processes as one: sums, exchanges, and work that only one of them does. On one process all of it does nothing.
+
+Every process runs the same program on the same input, in step: each function here is called by all of them, in the same
+order (but within :func:`on_main`). Numbers are summed on the devices where they are, with NCCL on GPUs and gloo on CPUs;
+what is small or of odd shape, JSON and files of tensors, goes as bytes between CPUs. Nothing is pickled.
+
+What fails on one process ends all of them: it says why, and exits; the launcher, or the connection that breaks, ends the
+others, which say nothing then. Where nothing could be said, after a SIGKILL, one of the others says that a process is gone.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import count
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+from . import errors, ranks
+from .errors import ConfigError, CrispEditError, LostRank
+from .heartbeat import Heartbeat, beat_key
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+TIMEOUT = 1800.0
+"""Seconds that a process waits for the others in a collective; ``CRISPEDIT_TIMEOUT`` says otherwise. Whether they are alive
+is known after seconds (:mod:`crispedit.heartbeat`); this ends those that are alive and stuck."""
+STORE_SECONDS = 10.0
+POLL = 0.02
+"""Seconds between two looks at whether the main process is done with what it does alone."""
+SAID = "crispedit/said"
+
+_heartbeat: Heartbeat | None = None
+_calls = count()
+
+
+class _Ended(KeyboardInterrupt):
+    """The launcher ends this process: it unwinds as after Ctrl-C, so that nothing is left half-written."""
+
+
+def _timeout() -> float:
+    given = os.environ.get("CRISPEDIT_TIMEOUT", "")
+    try:
+        return float(given) if given else TIMEOUT
+    except ValueError:
+        raise ConfigError(f"CRISPEDIT_TIMEOUT is '{given}'; it must be a number of seconds") from None
+
+
+def start() -> None:
+    """Joins the processes that were launched together, if there are several; until :func:`stop`.
+
+    Raises:
+        ConfigError: There are more processes on this host than it has GPUs, or it has no time-out to go by.
+        LostRank: The others do not come.
+    """
+    global _heartbeat
+    ranks.join()
+    if ranks.size() == 1:
+        return
+    timeout = timedelta(seconds=_timeout())
+    signal.signal(signal.SIGTERM, _end)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        if ranks.local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"there are {ranks.local_size()} processes on this host, which has {torch.cuda.device_count()} GPUs: "
+                "launch one for each"
+            )
+        torch.cuda.set_device(ranks.local_rank())
+    with _together("start"):
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+        store = _connect()
+        store.set(beat_key(ranks.rank()), "0")
+        dist.all_reduce(torch.zeros(1))  # until all have counted once
+    others = [other for other in range(ranks.size()) if other != ranks.rank()]
+    _heartbeat = Heartbeat(store, ranks.rank(), others, _lost)
+    _heartbeat.start()
+
+
+def stop() -> None:
+    """Leaves the others, who may still be busy."""
+    global _heartbeat
+    if _heartbeat is not None:
+        with suppress(Exception):  # the store may have gone with its host
+            _heartbeat.end()
+        _heartbeat = None
+    if ranks.joined() and dist.is_initialized():
+        with suppress(Exception):
+            dist.destroy_process_group()
+    ranks.leave()
+
+
+def _connect() -> Any:
+    """A connection of its own to the launcher's store."""
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=STORE_SECONDS),
+    )
+
+
+def _end(signum: int, frame: Any) -> None:
+    raise _Ended
+
+
+def _lost(what: str) -> None:
+    """Ends this process from the thread that watches the others: the main thread may wait for ever."""
+    if may_speak():
+        print(f"crispedit: {_gone(what)}", file=sys.stderr, flush=True)
+    os._exit(LostRank.exit_status)
+
+
+def _gone(what: str) -> str:
+    return f"{what}; nothing was written, and the same command goes on with what was saved"
+
+
+def may_speak() -> bool:
+    """Whether this process is the first to say why the run ends; asked once, when it does."""
+    if not ranks.joined():
+        return True
+    try:
+        me = os.environ["RANK"]
+        return bool(_connect().compare_set(SAID, "", me) == me.encode())
+    except Exception:  # the store went with its host
+        return True
+
+
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    """Within, what breaks is the connection to the others."""
+    try:
+        yield
+    except RuntimeError as error:  # DistBackendError is one too
+        said = " ".join(str(error).split())
+        if "imed out" in said or "imeout" in said:
+            why = f"a process of this run did not come to '{what}' within {_timeout():.0f} seconds"
+        else:
+            why = f"a process of this run has ended ('{what}' of rank {ranks.rank()} lost it)"
+        raise LostRank(_gone(why)) from error
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """This process's part of items: every size-th. All of them on one process."""
+    return list(items[ranks.rank() :: ranks.size()])
+
+
+def owners(costs: Sequence[float]) -> list[int]:
+    """Which process does which piece of work: the longest first, each to the one with the least to do.
+
+    Args:
+        costs: Of the pieces, in any unit.
+
+    Returns:
+        A rank per piece.
+    """
+    loads = [0.0] * ranks.size()
+    found = [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+        found[piece] = loads.index(min(loads))
+        loads[found[piece]] += costs[piece]
+    return found
+
+
+def sum_tensors(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors over all processes, in place; every process gets the same bits.
+
+    Args:
+        tensors: Contiguous; of the same shapes, dtypes and kind of device everywhere.
+    """
+    if ranks.size() == 1:
+        return
+    with _together("sum"):
+        pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in pending:
+            work.wait()
+
+
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Gives every process the tensors of rank 0, in place."""
+    if ranks.size() == 1:
+        return
+    with _together("broadcast"):
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def _from_owner(content: bytes | None, owner: int) -> bytes:
+    """The bytes that one process has."""
+    mine = ranks.rank() == owner
+    length = torch.tensor([len(content) if mine and content is not None else 0])
+    dist.broadcast(length, owner)
+    if mine:
+        assert content is not None
+        whole = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    else:
+        whole = torch.empty(int(length), dtype=torch.uint8)
+    if int(length):
+        dist.broadcast(whole, owner)
+    return whole.numpy().tobytes()
+
+
+def tensors_of(owner: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Tensors by name that one process has.
+
+    Args:
+        owner: Its rank.
+        tensors: There; not looked at elsewhere.
+
+    Returns:
+        The same everywhere, on the CPU; on one process as they are.
+    """
+    if ranks.size() == 1:
+        return dict(tensors or {})
+    content = None
+    if ranks.rank() == owner:
+        content = save({name: tensor.cpu().contiguous() for name, tensor in (tensors or {}).items()})
+    with _together("exchange"):
+        return load(_from_owner(content, owner))
+
+
+def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of all processes, by names that only one of them uses; on the CPU, on one process as they are."""
+    if ranks.size() == 1:
+        return dict(tensors)
+    found: dict[str, Tensor] = {}
+    for owner in range(ranks.size()):
+        found |= tensors_of(owner, tensors)
+    return found
+
+
+def gather(value: Value) -> list[Value]:
+    """What every process has, in the order of ranks.
+
+    Args:
+        value: JSON-ready.
+
+    Returns:
+        The values, as JSON gives them back; on one process the value itself.
+    """
+    if ranks.size() == 1:
+        return [value]
+    with _together("gather"):
+        content = json.dumps(value).encode()
+        return [json.loads(_from_owner(content, owner)) for owner in range(ranks.size())]
+
+
+def check_equal(values: Mapping[str, str]) -> None:
+    """Refuses processes that were not given the same.
+
+    Args:
+        values: By what they are ("the edits"), hashes or other short texts.
+
+    Raises:
+        ConfigError: One differs; the first is named, with the hosts.
+    """
+    here = os.uname().nodename
+    found = gather({"host": here, "values": dict(values)})
+    for other, theirs in enumerate(found):
+        for what, value in found[0]["values"].items():
+            if theirs["values"].get(what) != value:
+                raise ConfigError(
+                    f"{what} of rank {other} (on {theirs['host']}) differ from those of rank 0 (on "
+                    f"{found[0]['host']}): {theirs['values'].get(what)!s:.12} and {value!s:.12}; all processes need the "
+                    "same files"
+                )
+
+
+def from_main(work: Callable[[], Value]) -> Value:
+    """What the main process finds, working alone; the others wait, for as long as it lives.
+
+    Args:
+        work: Run by the main process only; gives something JSON-ready.
+
+    Returns:
+        Its value everywhere; on one process as it is.
+
+    Raises:
+        CrispEditError: What it raised, everywhere.
+    """
+    if ranks.size() == 1:
+        return work()
+    store, key = dist.distributed_c10d._get_default_store(), f"crispedit/main/{next(_calls)}"
+    if ranks.is_main():
+        try:
+            with ranks.alone():
+                value = work()
+        except CrispEditError as error:
+            store.set(key, json.dumps({"error": type(error).__name__, "message": str(error)}))
+            raise
+        store.set(key, json.dumps({"value": value}))
+        return value
+    while True:
+        with _together("wait for rank 0"):
+            if store.check([key]):
+                outcome = json.loads(store.get(key))
+                break
+        time.sleep(POLL)
+    if "error" in outcome:
+        raise cast(type[CrispEditError], getattr(errors, outcome["error"]))(outcome["message"])
+    return cast(Value, outcome["value"])
+
+
+def on_main(work: Callable[[], Value]) -> Value | None:
+    """As :func:`from_main`, of work whose result is of no use to the others: they get ``None``."""
+    if ranks.size() == 1:
+        return work()
+    found: list[Value] = []
+    from_main(lambda: found.append(work()))
+    return found[0] if found else None
