@@ -137,10 +137,13 @@ def curvature(
         )
     found.save(out, overwrite=overwrite)
     cache.keep(found)
+    if not ranks.is_main():
+        return  # the main process shows what all have found
     if plot is not None:
         from .plot import draw_curvature
 
-        draw_curvature(found, energy, plot)
+        with ranks.alone():
+            draw_curvature(found, energy, plot)
     print_curvature(found)
     from .console import out as stdout
 

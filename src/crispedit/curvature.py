@@ -151,8 +151,9 @@ class Curvature:
         }
         if factors == "auto":
             affordable = affordable_kind(matrices)
-            factors = distributed.from_main(partial(_kind_under_way, about, affordable, resume))
-        kind = factors
+            kind = distributed.from_main(partial(_kind_under_way, about, affordable, resume))
+        else:
+            kind = factors
         key = content_key(about, kind)
         halves = token_halves(model, tokenizer, divided.fit)
         every = None if resume else math.inf
@@ -267,7 +268,7 @@ class Curvature:
         return [(n, dense) for n, dense in found if dense is not None]
 
     def _solved(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
-        """The spectra of matrices, each found by one of the processes, by the cubes of their widths, and given to all."""
+        """The spectra of matrices: each found by one process, by the cubes of their widths, and given to all."""
         sizes = {name: (len(self.factors[name].A), len(self.factors[name].G)) for name in problems}
         owners = distributed.owners([sum(size**3 for size in sizes[name]) for name in problems])
         who = dict(zip(problems, owners, strict=True))
@@ -352,7 +353,7 @@ class Curvature:
         }
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes ``factors.safetensors`` and ``curvature.json``, whole or not at all; of several processes the main one.
+        """Writes ``factors.safetensors`` and ``curvature.json``, whole or not at all; of several processes one does.
 
         Args:
             directory: New or empty, unless ``overwrite``.
@@ -413,8 +414,12 @@ class Curvature:
         """
         if ranks.size() == 1:
             return found
-        about = distributed.from_main(lambda: found and {"manifest": found.manifest(), "path": str(found.path)})
-        if about is None:
+
+        def said() -> dict[str, Any]:
+            return {"manifest": found.manifest(), "path": str(found.path)} if found is not None else {}
+
+        about = distributed.from_main(said)
+        if not about:
             return None
         tensors = distributed.tensors_of(0, found._tensors() if found is not None else None)
         return found if ranks.is_main() else cls._of(about["manifest"], tensors, Path(about["path"]))

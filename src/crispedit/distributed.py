@@ -1,11 +1,12 @@
-"""Several processes as one: sums, exchanges, and work that only one of them does. On one process all of it does nothing.
+"""Several processes as one: sums, exchanges, and work that one of them does. On one process all of it does nothing.
 
 Every process runs the same program on the same input, in step: each function here is called by all of them, in the same
-order (but within :func:`on_main`). Numbers are summed on the devices where they are, with NCCL on GPUs and gloo on CPUs;
-what is small or of odd shape, JSON and files of tensors, goes as bytes between CPUs. Nothing is pickled.
+order (but within :func:`on_main`). Numbers are summed on the devices where they are, with NCCL on GPUs and gloo on
+CPUs; what is small or of odd shape, JSON and files of tensors, goes as bytes between CPUs. Nothing is pickled.
 
-What fails on one process ends all of them: it says why, and exits; the launcher, or the connection that breaks, ends the
-others, which say nothing then. Where nothing could be said, after a SIGKILL, one of the others says that a process is gone.
+What fails on one process ends all of them: it says why, and exits; the launcher, or the connection that breaks, ends
+the others, which say nothing then. Where nothing could be said, after a SIGKILL, one of the others says that a process
+is gone.
 """
 
 import json
@@ -32,8 +33,8 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 TIMEOUT = 1800.0
-"""Seconds that a process waits for the others in a collective; ``CRISPEDIT_TIMEOUT`` says otherwise. Whether they are alive
-is known after seconds (:mod:`crispedit.heartbeat`); this ends those that are alive and stuck."""
+"""Seconds that a process waits for the others in a collective; ``CRISPEDIT_TIMEOUT`` says otherwise. Whether they are
+alive is known after seconds (:mod:`crispedit.heartbeat`); this ends those that are alive and stuck."""
 STORE_SECONDS = 10.0
 POLL = 0.02
 """Seconds between two looks at whether the main process is done with what it does alone."""
@@ -102,7 +103,7 @@ def stop() -> None:
 
 def _connect() -> Any:
     """A connection of its own to the launcher's store."""
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]  # it is documented
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
@@ -202,7 +203,9 @@ def _from_owner(content: bytes | None, owner: int) -> bytes:
     dist.broadcast(length, owner)
     if mine:
         assert content is not None
-        whole = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        whole = (
+            torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        )
     else:
         whole = torch.empty(int(length), dtype=torch.uint8)
     if int(length):
@@ -239,6 +242,25 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def spread(items: Sequence[Item], work: Callable[[Item], Tensor]) -> Iterator[tuple[Item, Tensor]]:
+    """What a function makes of items, each done by one of the processes.
+
+    Args:
+        items: The same everywhere, in the same order.
+        work: From an item to a tensor.
+
+    Yields:
+        Every item with its tensor, in order; on several processes all come when all are done, on the CPU.
+    """
+    if ranks.size() == 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    mine = {str(number): work(items[number]) for number in share(range(len(items)))}
+    found = gather_tensors(mine)
+    for number, item in enumerate(items):
+        yield item, found[str(number)]
+
+
 def gather(value: Value) -> list[Value]:
     """What every process has, in the order of ranks.
 
@@ -265,14 +287,14 @@ def check_equal(values: Mapping[str, str]) -> None:
         ConfigError: One differs; the first is named, with the hosts.
     """
     here = os.uname().nodename
-    found = gather({"host": here, "values": dict(values)})
+    found: list[dict[str, Any]] = gather({"host": here, "values": dict(values)})
     for other, theirs in enumerate(found):
         for what, value in found[0]["values"].items():
             if theirs["values"].get(what) != value:
                 raise ConfigError(
                     f"{what} of rank {other} (on {theirs['host']}) differ from those of rank 0 (on "
-                    f"{found[0]['host']}): {theirs['values'].get(what)!s:.12} and {value!s:.12}; all processes need the "
-                    "same files"
+                    f"{found[0]['host']}): {theirs['values'].get(what)!s:.12} and {value!s:.12}; all "
+                    "processes need the same files"
                 )
 
 

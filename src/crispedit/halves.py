@@ -72,7 +72,9 @@ def factors_of_halves(
         factors[matrix.name] = merge_factors(parts)
         if owner == ranks.rank():
             waiting[matrix.name] = parts if len(parts) == 2 else []
-        if ranks.size() == 1 or number == len(matrices) - 1:  # others must not wait for it: what is described is diagonalised
+        if (
+            ranks.size() == 1 or number == len(matrices) - 1
+        ):  # others must not wait for it: what is described is diagonalised
             for name in list(waiting):
                 description[name] = describe(factors[name], waiting.pop(name), energy)
         progress("describing the curvature", number + 1, len(matrices))

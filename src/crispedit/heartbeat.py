@@ -1,8 +1,8 @@
 """Whether the other processes of a run are still alive: what neither the launcher nor a broken connection may tell.
 
 A launcher ends its own processes when one of them ends, and a process that is waited for in a collective breaks the
-connection when it dies. A host that loses its power, or its network, does neither: others would wait for the time-out of
-the collective, which has to be long, for some steps take long. So every process counts in the launcher's store, in a
+connection when it dies. A host that loses its power, or its network, does neither: others would wait for the time-out
+of the collective, which has to be long, for some steps take long. So every process counts in the launcher's store, in a
 thread of its own, and the others look whether it still counts.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 EVERY = 2.0
 """Seconds between two counts."""
 SILENCE = 30.0
-"""A process that has not counted for so many seconds is lost. Whatever takes long, in torch or in safetensors, lets other
-threads run meanwhile."""
+"""A process that has not counted for so many seconds is lost. Whatever takes long, in torch or in safetensors, lets
+other threads run meanwhile."""
 
 
 class Heartbeat(threading.Thread):

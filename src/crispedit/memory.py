@@ -28,7 +28,9 @@ def free_memory(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024 // ranks.local_size()
     except OSError:
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // ranks.local_size()  # no Linux: half of what is there
+    return (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // ranks.local_size()
+    )  # no Linux: half of what is there
 
 
 def resident_bytes() -> int:

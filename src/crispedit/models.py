@@ -214,7 +214,9 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.local_size() > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise ConfigError(f"device '{name}' is one GPU for {ranks.local_size()} processes; each has its own: leave it out")
+            raise ConfigError(
+                f"device '{name}' is one GPU for {ranks.local_size()} processes; each has its own: leave it out"
+            )
         name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
