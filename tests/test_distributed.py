@@ -1,7 +1,10 @@
 """Two and three processes give what one gives: factors, edited weights, evaluations; the same bits on each of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,25 +12,28 @@ import torch
 import together
 
 SIZES = (2, 3)
+STAGES = ["factors", "training", "evaluation"]
 
 
-def run(directory: Path, size: int, stages: str) -> Path:
-    """Runs stages on so many processes."""
-    directory.mkdir()
-    processes = together.launched(size, str(Path(together.__file__)), str(directory), stages)
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, said
-    return directory
+def run(scenarios: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+    """Runs scenarios one after the other; how they went, by name."""
+    file = directory / "scenarios.json"
+    file.write_text(json.dumps([{"directory": str(directory), **scenario} for scenario in scenarios]))
+    subprocess.run([sys.executable, together.__file__, str(file)], check=True, timeout=600)
+    return json.loads(file.with_suffix(".done.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Directories by number of processes."""
     root = tmp_path_factory.mktemp("together")
-    stages = "factors,training,evaluation"
-    found = {1: root / "1", **{size: run(root / str(size), size, stages) for size in SIZES}}
-    found[1].mkdir()
-    together.work(found[1], stages)
+    found = {size: root / str(size) for size in (1, *SIZES)}
+    for directory in found.values():
+        directory.mkdir()
+    scenarios = [{"name": f"{n}", "size": n, "directory": str(found[n]), "stages": STAGES} for n in SIZES]
+    for ended in run(scenarios, root).values():
+        assert set(ended["statuses"]) == {0}, ended
+    together.work(found[1], STAGES)
     return found
 
 
@@ -82,9 +88,11 @@ def test_an_evaluation_is_that_of_one_process_bit_for_bit(results, size):
 @pytest.mark.slow
 def test_every_editor_gives_what_it_gives_on_one_process(tmp_path):
     """To 1e-3 of the change: the methods that solve amplify rounding; every process has the same model at the end."""
-    together.work(tmp_path, "editors")
-    one = together.read(tmp_path, "editors")
-    two = together.read(run(tmp_path / "two", 2, "editors"), "editors")
+    (tmp_path / "one").mkdir()
+    ended = run([{"name": "editors", "size": 2, "stages": ["editors"]}], tmp_path)["editors"]
+    assert ended["statuses"] == [0, 0], ended
+    together.work(tmp_path / "one", ["editors"])
+    one, two = together.read(tmp_path / "one", "editors"), together.read(tmp_path, "editors")
     for fingerprints in two[0]["everywhere"]:
         assert len(set(fingerprints)) == 1
     for name, change in one[1].items():

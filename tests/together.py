@@ -1,21 +1,23 @@
 """What several processes do together, for tests: every stage once, on tiny models, with all that it gave in files.
 
-``python together.py DIRECTORY STAGES`` is one of several processes, started by :func:`launched`; the tests call
-:func:`work` themselves for what one process gives.
+``python together.py SCENARIOS`` runs scenarios, each by some processes that it forks: torch is imported once for all of
+them, and no launcher is there to end those that are left over. The tests call :func:`work` themselves for what one
+process gives.
 """
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import socket
-import subprocess
 import sys
-import warnings
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -23,7 +25,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders import WordTokenizer, long_texts
-from crispedit import distributed, evaluation, generation, halves, ranks, teacher_forced, wild
+from crispedit import (
+    checkpoint,
+    cli,
+    distributed,
+    editing,
+    evaluation,
+    generation,
+    halves,
+    ranks,
+    replay,
+    teacher_forced,
+    wild,
+)
+from crispedit import factors as factors_module
+from crispedit import training as training_module
 from crispedit.curvature import Curvature
 from crispedit.editors import editor_names
 from crispedit.edits import edits_from_rows
@@ -173,20 +189,70 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def work(directory: Path, stages: str) -> None:
+def work(directory: Path, stages: Sequence[str]) -> None:
     """Runs stages; the main process leaves what they gave."""
-    for stage in stages.split(","):
+    for stage in stages:
         numbers, tensors = STAGES[stage]()
         if ranks.is_main():
             (directory / f"{stage}.json").write_text(json.dumps(numbers))
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / f"{stage}.safetensors"
-            )
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, directory / f"{stage}.safetensors")
 
 
 def read(directory: Path, stage: str) -> Found:
     """What :func:`work` has left."""
     return json.loads((directory / f"{stage}.json").read_text()), load_file(directory / f"{stage}.safetensors")
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def _after(calls: int, function: Callable[..., Any], then: Callable[[], Any]) -> Callable[..., Any]:
+    """A function that does something else first, the given time that it is called."""
+    left = [calls]
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            then()
+        return function(*given, **named)
+
+    return wrapped
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    time.sleep(600)
+
+
+def _fill_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+ACCIDENTS = {"die": _die, "hang": _hang, "full disk": _fill_disk}
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "curvature": (factors_module._State, "add", 4),
+    "edit": (training_module._Run, "_step", 4),
+    "save": (checkpoint, "read_back", 1),
+    "saved": (distributed, "meet", 1),
+    "evaluate": (replay.RowLogits, "by_row", 2),
+}
+"""By stage, what is called in it, and at which call an accident happens; ``saved``: all meet, the model is written."""
+
+
+def _arrange(accident: str, place: str) -> None:
+    """Lets an accident happen."""
+    owner, name, calls = PLACES[place]
+    changed = _after(calls, getattr(owner, name), ACCIDENTS[accident])
+    setattr(owner, name, changed)
+    if place == "save":
+        editing.read_back = changed  # it has it by name
+
+
+# ---------------------------------------------------------------- processes
 
 
 def free_port() -> int:
@@ -196,24 +262,68 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def launched(size: int, *arguments: str, **environment: str) -> list[subprocess.Popen[str]]:
-    """Starts a command of Python as so many processes that are to work together, as a launcher does, but without one."""
-    port = str(free_port())
-    started = []
-    for rank in range(size):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env |= environment
-        command = [sys.executable, *arguments]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=env, **pipes))
-    return started
+def _child(scenario: dict[str, Any], rank: int, port: int) -> NoReturn:
+    """One of several processes: as a launcher would start it, but that torch has been imported already."""
+    size = scenario["size"]
+    os.environ.update({"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "RANK": str(rank)})
+    os.environ.update({"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ.update(scenario.get("env", {}))
+    directory = Path(scenario["directory"])
+    for stream, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{directory / scenario['name']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(directory / f"host{rank}" if (directory / f"host{rank}").is_dir() else directory)
+    factors_module.SAVE_SECONDS, factors_module.SAVE_TIMES = 0.0, 0
+    halves.text_batches = partial(text_batches, batch_tokens=160)  # several for each
+    if rank == scenario.get("rank"):
+        _arrange(scenario["accident"], scenario["place"])
+    if "stages" in scenario:
+        distributed.start()
+        work(directory, scenario["stages"])
+        distributed.stop()
+        os._exit(0)
+    try:
+        cli.main(scenario["command"].split())
+    except SystemExit as ended:
+        sys.stdout.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
+
+
+def run_together(scenario: dict[str, Any]) -> dict[str, Any]:
+    """Forks the processes of a scenario and waits for all of them.
+
+    Args:
+        scenario: ``name``, ``size``, ``directory``; ``stages`` or the ``command`` of crispedit; perhaps an ``accident``
+            at a ``place`` of a ``rank``, and variables for the environment.
+
+    Returns:
+        ``statuses`` by rank (negative: the signal), ``seconds`` from the first end to the last, and what they ``said``
+        on stderr.
+    """
+    port, started, ended = free_port(), [], []
+    for rank in range(scenario["size"]):
+        if (pid := os.fork()) == 0:
+            _child(scenario, rank, port)
+        started.append(pid)
+    statuses = {}
+    while len(statuses) < len(started):
+        pid, status = os.wait()
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        ended.append(time.monotonic())
+    path = Path(scenario["directory"]) / scenario["name"]
+    said = [Path(f"{path}.{rank}.err").read_text() for rank in range(scenario["size"])]
+    return {"statuses": [statuses[pid] for pid in started], "seconds": ended[-1] - ended[0], "said": said}
+
+
+def main() -> None:
+    """Runs the scenarios of a file one after the other, and leaves how they went beside it."""
+    torch.set_num_threads(1)
+    given = Path(sys.argv[1])
+    found = {}
+    for scenario in json.loads(given.read_text()):
+        started = time.monotonic()
+        found[scenario["name"]] = {**run_together(scenario), "all": time.monotonic() - started}
+        given.with_suffix(".done.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    torch.set_num_threads(1)
-    distributed.start()
-    work(Path(sys.argv[1]), sys.argv[2])
-    distributed.stop()
+    main()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import __version__, distributed, ranks
-from .artifacts import read_json, write_directory, write_json, write_tensors
+from .artifacts import read_json, write_json, write_tensors
 from .description import ENERGY, Description, describe, leading_spectrum
 from .errors import ArtifactError, ConfigError, ModelError, check_choice
 from .factors import (
@@ -362,17 +362,16 @@ class Curvature:
         Returns:
             The directory.
         """
-        distributed.on_main(partial(self._write, Path(directory), overwrite))
+        distributed.write_directory(Path(directory), self._fill, overwrite=overwrite)
         self.path = Path(directory)
         if self._pass is not None:  # its result is safe now
             shutil.rmtree(self._pass, ignore_errors=True)
         return self.path
 
-    def _write(self, directory: Path, overwrite: bool) -> None:
-        with write_directory(directory, overwrite=overwrite) as building:
-            write_tensors(building / TENSORS, self._tensors(), {}, "the curvature")
-            seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
-            write_json(building / MANIFEST, {**self.manifest(), **seconds})
+    def _fill(self, building: Path) -> None:
+        write_tensors(building / TENSORS, self._tensors(), {}, "the curvature")
+        seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
+        write_json(building / MANIFEST, {**self.manifest(), **seconds})
 
     def _tensors(self) -> dict[str, Tensor]:
         """The factors as tensors of a file."""

@@ -15,9 +15,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,8 +26,8 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from . import errors, ranks
-from .errors import ConfigError, CrispEditError, LostRank
+from . import artifacts, errors, ranks
+from .errors import ArtifactError, ConfigError, CrispEditError, LostRank
 from .heartbeat import Heartbeat, beat_key
 
 Item = TypeVar("Item")
@@ -35,7 +36,8 @@ Value = TypeVar("Value")
 TIMEOUT = 1800.0
 """Seconds that a process waits for the others in a collective; ``CRISPEDIT_TIMEOUT`` says otherwise. Whether they are
 alive is known after seconds (:mod:`crispedit.heartbeat`); this ends those that are alive and stuck."""
-STORE_SECONDS = 10.0
+LAST_SECONDS = 3.0
+"""Seconds that a process which ends has for telling the others why."""
 POLL = 0.02
 """Seconds between two looks at whether the main process is done with what it does alone."""
 SAID = "crispedit/said"
@@ -80,7 +82,7 @@ def start() -> None:
     with _together("start"):
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
-        store = _connect()
+        store = _connect(timeout.total_seconds())
         store.set(beat_key(ranks.rank()), "0")
         dist.all_reduce(torch.zeros(1))  # until all have counted once
     others = [other for other in range(ranks.size()) if other != ranks.rank()]
@@ -92,8 +94,9 @@ def stop() -> None:
     """Leaves the others, who may still be busy."""
     global _heartbeat
     if _heartbeat is not None:
-        with suppress(Exception):  # the store may have gone with its host
+        with suppress(Exception):
             _heartbeat.end()
+            meet()  # the store may go with rank 0: all have stopped looking at it
         _heartbeat = None
     if ranks.joined() and dist.is_initialized():
         with suppress(Exception):
@@ -101,13 +104,13 @@ def stop() -> None:
     ranks.leave()
 
 
-def _connect() -> Any:
+def _connect(seconds: float) -> Any:
     """A connection of its own to the launcher's store."""
     return dist.TCPStore(  # type: ignore[attr-defined]  # it is documented
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
-        timeout=timedelta(seconds=STORE_SECONDS),
+        timeout=timedelta(seconds=seconds),
     )
 
 
@@ -132,7 +135,7 @@ def may_speak() -> bool:
         return True
     try:
         me = os.environ["RANK"]
-        return bool(_connect().compare_set(SAID, "", me) == me.encode())
+        return bool(_connect(LAST_SECONDS).compare_set(SAID, "", me) == me.encode())
     except Exception:  # the store went with its host
         return True
 
@@ -277,6 +280,38 @@ def gather(value: Value) -> list[Value]:
         return [json.loads(_from_owner(content, owner)) for owner in range(ranks.size())]
 
 
+def meet() -> None:
+    """Waits for all processes, and fails where one is gone."""
+    sum_tensors([torch.zeros(1)])
+
+
+def write_directory(directory: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    """A directory that the main process fills, and that takes its name when all processes are still there.
+
+    Args:
+        directory: The final name.
+        fill: Fills the temporary directory that it is given; the main process works alone then.
+        overwrite: Whether a directory that is not empty is replaced.
+
+    Raises:
+        ArtifactError: The place cannot be written to, or the disk is full; nothing was written.
+    """
+    with ExitStack() as stack:
+        building = directory
+        if ranks.is_main():
+            building = stack.enter_context(artifacts.write_directory(directory, overwrite=overwrite))
+        on_main(lambda: _filled(fill, building, directory))
+        meet()
+
+
+def _filled(fill: Callable[[Path], None], building: Path, directory: Path) -> None:
+    """Fills a directory; what the system says of a full disk is told to the others too."""
+    try:
+        fill(building)
+    except OSError as error:
+        raise ArtifactError(f"cannot write '{directory}': {error.strerror or error}") from error
+
+
 def check_equal(values: Mapping[str, str]) -> None:
     """Refuses processes that were not given the same.
 
@@ -319,6 +354,7 @@ def from_main(work: Callable[[], Value]) -> Value:
                 value = work()
         except CrispEditError as error:
             store.set(key, json.dumps({"error": type(error).__name__, "message": str(error)}))
+            _until_read(store, key)
             raise
         store.set(key, json.dumps({"value": value}))
         return value
@@ -329,8 +365,16 @@ def from_main(work: Callable[[], Value]) -> Value:
                 break
         time.sleep(POLL)
     if "error" in outcome:
+        store.add(f"{key}/read", 1)
         raise cast(type[CrispEditError], getattr(errors, outcome["error"]))(outcome["message"])
     return cast(Value, outcome["value"])
+
+
+def _until_read(store: Any, key: str) -> None:
+    """Waits a little, until the others know why the run ends: the store may go with this process."""
+    end = time.monotonic() + LAST_SECONDS
+    while store.add(f"{key}/read", 0) < ranks.size() - 1 and time.monotonic() < end:
+        time.sleep(POLL)
 
 
 def on_main(work: Callable[[], Value]) -> Value | None:

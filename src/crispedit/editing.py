@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from . import __version__, distributed, ranks
-from .artifacts import write_directory, write_json
+from .artifacts import write_json
 from .capability import TextSums
 from .certificate import certificate, texts_hash
 from .checkpoint import PATCH, RECORD, Form, read_back, round_to, write_model
@@ -115,19 +115,20 @@ class EditResult:
         """
         if form not in ("model", "delta"):
             raise ConfigError(f"save is '{form}'; it must be model or delta")
-        distributed.on_main(lambda: self._write(Path(directory), form, overwrite, progress))
+        distributed.write_directory(
+            Path(directory), lambda building: self._fill(building, form, progress), overwrite=overwrite
+        )
         return Path(directory)
 
-    def _write(self, directory: Path, form: Form, overwrite: bool, progress: Progress) -> None:
-        with write_directory(directory, overwrite=overwrite) as building:
-            if form == "delta":
-                self.patch.write(building / PATCH)
-            else:
-                write_model(self.model, self.tokenizer, building, self.stored_dtype)
-                started = time.monotonic()
-                self._check_written(building, progress)
-                self.metrics["seconds"]["reading_back"] = round(time.monotonic() - started, 2)
-            write_json(building / RECORD, self.record())
+    def _fill(self, building: Path, form: Form, progress: Progress) -> None:
+        if form == "delta":
+            self.patch.write(building / PATCH)
+        else:
+            write_model(self.model, self.tokenizer, building, self.stored_dtype)
+            started = time.monotonic()
+            self._check_written(building, progress)
+            self.metrics["seconds"]["reading_back"] = round(time.monotonic() - started, 2)
+        write_json(building / RECORD, self.record())
 
     def _check_written(self, directory: Path, progress: Progress) -> None:
         """Refuses a written model with other tensors than the one in memory, or other answers."""
