@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from crispedit import cli
 from families import tiny_model, tiny_tokenizer
 from test_distributed import run
 from together import ROWS, TEXTS
@@ -51,6 +52,7 @@ def ended(tmp_path_factory):
         *({**scenario, "env": own[1]} for scenario in ACCIDENTS),
         {**DISK, "env": own[0]},
         {"name": "resumed", "command": f"{EDIT} resumed", "env": own[1]},
+        {"name": "evaluated", "command": f"{EVALUATE} evaluated.json", "env": own[1]},
         {"name": "hosts", "command": f"{EDIT} out", "env": own[0], "directory": str(root / "hosts")},
     ]
     return root, run([{"size": 2, **scenario} for scenario in scenarios], root)
@@ -79,9 +81,29 @@ def test_nothing_is_half_written_and_the_same_command_goes_on(ended):
     weights = [(root / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
     left = {name for name in os.listdir(root) if not name.endswith((".out", ".err"))}
-    files = {"model", "edits.json", "texts.txt", "cache", "scenarios.json", "scenarios.done.json", "hosts"}
+    files = {
+        "model",
+        "edits.json",
+        "texts.txt",
+        "cache",
+        "scenarios.json",
+        "scenarios.done.json",
+        "hosts",
+        "evaluated.json",
+    }
     assert left == {*files, "whole", "resumed"}
     assert not os.listdir(root / "cache" / "resumed" / "passes")
+
+
+def test_an_evaluation_on_the_command_line_writes_what_one_process_writes(ended, monkeypatch):
+    root, found = ended
+    assert found["evaluated"]["statuses"] == [0, 0], found["evaluated"]
+    monkeypatch.chdir(root)
+    assert cli._run(f"{EVALUATE} alone.json".split()) == 0
+    texts = [(root / f"{name}.json").read_text() for name in ("evaluated", "alone")]
+    (root / "alone.json").unlink()
+    assert texts[0] == texts[1]
+    assert not (root / "killed.json").exists()
 
 
 def test_another_number_of_processes_begins_its_own_pass(ended):

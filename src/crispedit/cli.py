@@ -532,6 +532,9 @@ def _run_together(arguments: list[str] | None) -> int:
         _say(str(error))
         return error.exit_status
     if not ranks.is_main():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     status = _run(arguments)
     if status == 0:
@@ -549,12 +552,20 @@ def _say(message: str) -> None:
     print(f"crispedit: {message}", file=sys.stderr, flush=True)
 
 
+def _interruption() -> str:
+    if not ranks.joined():
+        return "interrupted; no result was written"
+    from .distributed import interruption
+
+    return interruption()
+
+
 def _run(arguments: list[str] | None) -> int:
     debug = bool(os.environ.get("CRISPEDIT_DEBUG"))
     try:
         status = app(arguments, standalone_mode=False, prog_name="crispedit")
         if status == 130:  # how Typer returns from a KeyboardInterrupt
-            _say("interrupted; no result was written")
+            _say(_interruption())
         return status if isinstance(status, int) else 0
     except CrispEditError as error:
         if debug:

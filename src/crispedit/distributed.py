@@ -44,6 +44,7 @@ SAID = "crispedit/said"
 
 _heartbeat: Heartbeat | None = None
 _calls = count()
+_told_to_end = False
 
 
 class _Ended(KeyboardInterrupt):
@@ -115,7 +116,16 @@ def _connect(seconds: float) -> Any:
 
 
 def _end(signum: int, frame: Any) -> None:
+    global _told_to_end
+    _told_to_end = True
     raise _Ended
+
+
+def interruption() -> str:
+    """What to say of an interruption: by Ctrl-C, or by the launcher, which ends all processes when one has ended."""
+    if not _told_to_end:
+        return "interrupted; no result was written"
+    return _gone("the launcher ends this run, as it does when a process of it has ended")
 
 
 def _lost(what: str) -> None:
