@@ -130,7 +130,8 @@ def interruption() -> str:
 
 def _lost(what: str) -> None:
     """Ends this process from the thread that watches the others: the main thread may wait for ever."""
-    if may_speak():
+    # a store that does not answer is not asked who may speak
+    if "store" in what or may_speak():
         print(f"crispedit: {_gone(what)}", file=sys.stderr, flush=True)
     os._exit(LostRank.exit_status)
 

@@ -45,12 +45,25 @@ class Heartbeat(threading.Thread):
         self.every, self.silence = every, silence
         self._key = beat_key(rank)
         self._ended = threading.Event()
+        self._answered = time.monotonic()
+
+    def start(self) -> None:
+        """Begins to count and to watch."""
+        super().start()
+        threading.Thread(target=self._watch_store, name="crispedit-store", daemon=True).start()
 
     def end(self) -> None:
         """Stops counting for good: the others are told that this is no accident."""
         self._ended.set()
         self.join()
         self.store.set(self._key, "ended")
+
+    def _watch_store(self) -> None:
+        """A store that does not answer at all holds up the thread that asks it."""
+        while not self._ended.wait(self.every):
+            if time.monotonic() - self._answered > self.silence:
+                self.lost(f"the launcher's store has not answered for {self.silence:.0f} seconds")
+                return
 
     def run(self) -> None:
         """Counts and watches until :meth:`end`."""
@@ -65,7 +78,7 @@ class Heartbeat(threading.Thread):
                 if not self._ended.is_set():
                     self.lost(f"the launcher's store cannot be reached any more ({type(error).__name__})")
                 return
-            now = time.monotonic()
+            now = self._answered = time.monotonic()
             for other, beat in zip(self.others, beats, strict=True):
                 if beat != heard[other][0] or beat == b"ended":
                     heard[other] = (beat, now)
