@@ -8,8 +8,8 @@ questions token by token. Every run is a group of processes of its own, each wit
 turns, and ratios are of medians.
 
 Keys, by stage (``curvature``, ``eigenproblems``, ``edit``, ``evaluation``) and number of processes: ``seconds`` of the
-slowest process, ``speedup`` over one process, ``communication`` the share of these seconds that this process spends
-in collectives, waiting for the others included.
+slowest process, ``speedup`` over one process, ``communication`` the share of these seconds that this process spends in
+collectives, waiting for the others included.
 """
 
 import argparse
@@ -136,7 +136,8 @@ def launch(size: int, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
             out = Path(directory) / f"{rank}.json"
             command = [sys.executable, __file__, "--worker", json.dumps(settings), "--json", str(out)]
             processes.append(subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in env.items()}))
-        if any({process.wait() for process in processes}):
+        statuses = [process.wait() for process in processes]
+        if any(statuses):
             raise SystemExit("a process failed")
         found = [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(size)]
     slowest = {stage: max((one[stage] for one in found), key=lambda pair: pair[0]) for stage in STAGES}
