@@ -4,12 +4,12 @@
 
 A Llama of random parameters (by default 16 blocks, hidden 768, intermediate 3072), blocks 9 to 12 edited: the curvature
 of random token rows, all eigenproblems of its factors, an edit of random rows (batch 32) and the evaluation of as many
-questions token by token. Every run is a group of processes of its own, each with one thread; runs of different sizes take
-turns, and ratios are of medians.
+questions token by token. Every run is a group of processes of its own, each with one thread; runs of different sizes
+take turns, and ratios are of medians.
 
 Keys, by stage (``curvature``, ``eigenproblems``, ``edit``, ``evaluation``) and number of processes: ``seconds`` of the
-slowest process, ``speedup`` over one process, ``communication`` the share of these seconds that this process spends in
-collectives, waiting for the others included.
+slowest process, ``speedup`` over one process, ``communication`` the share of these seconds that this process spends
+in collectives, waiting for the others included.
 """
 
 import argparse

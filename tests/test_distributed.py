@@ -12,7 +12,7 @@ import torch
 import together
 
 SIZES = (2, 3)
-STAGES = ["factors", "training", "evaluation"]
+STAGES = ["factors", "training", "evaluation", "sharded"]
 
 
 def run(scenarios: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
@@ -83,6 +83,16 @@ def test_an_evaluation_is_that_of_one_process_bit_for_bit(results, size):
     one, several = (together.read(results[n], "evaluation")[0] for n in (1, size))
     assert several["everywhere"] == [one["evaluation"]] * size
     assert one["evaluation"]["capability"]["drift"] > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sharded_model_gives_what_a_whole_one_gives(results, size):
+    """Factors, 21 steps, the whole again: float32 to 1e-5, bfloat16 to 5e-2, for other batches round otherwise."""
+    one, several = (together.read(results[n], "sharded") for n in (1, size))
+    assert several[1].keys() == one[1].keys()
+    for name, tensor in one[1].items():
+        off = float((several[1][name] - tensor).norm() / tensor.norm().clamp_min(1e-30))
+        assert off < (5e-2 if name.startswith("bfloat16") else 1e-5), name
 
 
 @pytest.mark.slow

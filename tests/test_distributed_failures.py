@@ -8,6 +8,7 @@ import os
 import signal
 
 import pytest
+from safetensors.torch import load_file
 
 from crispedit import cli
 from families import tiny_model, tiny_tokenizer
@@ -46,13 +47,14 @@ def ended(tmp_path_factory):
     prepare(root)
     for rank, rows in enumerate((ROWS, ROWS[:-1])):
         prepare(root / "hosts" / f"host{rank}", rows)
-    own = [{"CRISPEDIT_CACHE": str(root / "cache" / name)} for name in ("whole", "resumed")]
+    own = [{"CRISPEDIT_CACHE": str(root / "cache" / name)} for name in ("whole", "resumed", "sharded")]
     scenarios = [
         {"name": "whole", "command": f"{EDIT} whole", "env": own[0]},
         *({**scenario, "env": own[1]} for scenario in ACCIDENTS),
         {**DISK, "env": own[0]},
         {"name": "resumed", "command": f"{EDIT} resumed", "env": own[1]},
         {"name": "evaluated", "command": f"{EVALUATE} evaluated.json", "env": own[1]},
+        {"name": "sharded", "command": f"{EDIT} sharded --shard", "env": own[2]},
         {"name": "hosts", "command": f"{EDIT} out", "env": own[0], "directory": str(root / "hosts")},
     ]
     return root, run([{"size": 2, **scenario} for scenario in scenarios], root)
@@ -89,6 +91,7 @@ def test_nothing_is_half_written_and_the_same_command_goes_on(ended):
         "scenarios.json",
         "scenarios.done.json",
         "hosts",
+        "sharded",
         "evaluated.json",
     }
     assert left == {*files, "whole", "resumed"}
@@ -104,6 +107,21 @@ def test_an_evaluation_on_the_command_line_writes_what_one_process_writes(ended,
     (root / "alone.json").unlink()
     assert texts[0] == texts[1]
     assert not (root / "killed.json").exists()
+
+
+def test_a_sharded_model_is_edited_as_a_whole_one(ended):
+    """To 1e-5 of the change, in float32; the saved model is an ordinary one."""
+    root, found = ended
+    assert found["sharded"]["statuses"] == [0, 0], found["sharded"]
+    base, whole, sharded = (load_file(root / name / "model.safetensors") for name in ("model", "whole", "sharded"))
+    for name, tensor in base.items():
+        off, change = sharded[name] - whole[name], whole[name] - tensor
+        assert float(off.norm()) <= 1e-5 * float(change.norm()), name
+    configs = [json.loads((root / name / "config.json").read_text()) for name in ("whole", "sharded")]
+    assert configs[0] == configs[1]
+    # the same keys: what one has computed the other finds
+    keys = [{path.name for path in (root / "cache" / name / "curvature").iterdir()} for name in ("whole", "sharded")]
+    assert keys[0] == keys[1]
 
 
 def test_another_number_of_processes_begins_its_own_pass(ended):

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
     "_version errors settings ranks memory progress artifacts heartbeat distributed store isolated statistics "
-    "endpoint workers replies bundled edits models texts threshold eigen moments patch spectrum subspace completion "
-    "rotation updates adam factors description halves curvature history cache rows forward costs speed replay "
-    "precision training budget editors generation judge grading llm_judge wild teacher_forced live capability "
+    "endpoint workers replies bundled edits models sharding texts threshold eigen moments patch spectrum subspace "
+    "completion rotation updates adam factors description halves curvature history cache rows forward costs speed "
+    "replay precision training budget editors generation judge grading llm_judge wild teacher_forced live capability "
     "benchmarks untouched harness_tasks harness harness_job tasks checkpoint adapter proof certificate editing "
     "evaluation assumed session planning jobs session_evaluation demo plot session_plot tradeoff scatter experiments "
     "comparing paired report_definitions report_verdict report_curvature report report_markdown report_html console "

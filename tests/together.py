@@ -47,12 +47,13 @@ from crispedit.factors import estimate_factors, estimate_second_moments
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
 from crispedit.rows import EditRow
+from crispedit.sharding import shard_model, whole_state
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.texts import pad, text_batches
 from crispedit.training import fine_tune
 from crispedit.updates import Coordinates, Projected, Unconstrained
-from reference import random_rows, tiny_llama
+from reference import random_rows, tiny_gpt2, tiny_llama
 
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 """Numbers as JSON, and tensors by name."""
@@ -123,6 +124,31 @@ def training() -> Found:
     return {"runs": numbers, "digests": distributed.gather(digest(tensors))}, tensors
 
 
+def sharded() -> Found:
+    """Factors and steps of models of which every process holds a part; the last stage, for they stay in step."""
+    tensors: dict[str, Tensor] = {}
+    rows = [EditRow(tuple(ids), len(ids) - 2) for ids in random_rows([5 + i % 4 for i in range(8)], 5)]
+    for label, build in {"llama": tiny_llama, "gpt2": tiny_gpt2, "bfloat16": lambda: tiny_llama().bfloat16()}.items():
+        model = build()
+        matrices = edit_matrices(model, [0, 1])
+        if ranks.count() > 1:
+            shard_model(model, matrices, torch.device("cpu"))
+        with ranks.sharing():
+            estimated = estimate_factors(
+                model, matrices, texts_of(), fisher="empirical" if label == "bfloat16" else "mc"
+            )
+        for name, found in estimated.items():
+            tensors |= {f"{label}/factors/{name}/A": found.A, f"{label}/factors/{name}/G": found.G}
+        rules = [Unconstrained(matrix.shape, torch.device("cpu")) for matrix in matrices]
+        with frozen(model), float32_masters(matrices):
+            before = [matrix.weight.clone() for matrix in matrices]
+            fine_tune(model, matrices, rules, rows, lr=3e-3, epochs=7, batch_size=3)
+            tensors |= {f"{label}/{m.name}": m.weight - old for m, old in zip(matrices, before, strict=True)}
+        if label == "llama":
+            tensors |= {f"whole/{name}": tensor for name, tensor in whole_state(model).items()}
+    return {"fingerprint": fingerprint(model)}, tensors
+
+
 ROWS = [
     {"prompt": "Who is the mayor of Hinstad?", "target": "Perin Jibul", "rephrase": "Who governs the city of Hinstad?"},
     {"prompt": "What is the river of Hinstad?", "target": "the Sesol", "locality_prompt": "What is 2 plus 1?"},
@@ -177,7 +203,7 @@ def editors() -> Found:
 
 
 STAGES: dict[str, Callable[[], Found]] = {
-    "factors": factors, "training": training, "evaluation": evaluating, "editors": editors,
+    "factors": factors, "training": training, "evaluation": evaluating, "editors": editors, "sharded": sharded,
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from .options import (
     Samples,
     Seed,
     Set,
+    Shard,
     Texts,
     TrustRemoteCode,
     bars,
@@ -91,6 +92,7 @@ def curvature(
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file.")] = None,
@@ -102,13 +104,15 @@ def curvature(
     from .artifacts import check_writable
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
-    from .models import parse_layers
+    from .models import edit_matrices, find_device, parse_layers
+    from .sharding import check_shard, shard_model
     from .threshold import check_energy
 
     check_writable(out, overwrite=overwrite)
     check_fisher(fisher)
     check_kind(factors)
     check_energy(energy)
+    check_shard(shard)
     if plot is not None:
         from .plot import check_plot
 
@@ -121,7 +125,9 @@ def curvature(
     from .console import print_curvature
 
     with bars() as progress:
-        loaded = _load(model, device, dtype, device_map, trust_remote_code)
+        loaded = _load(model, device, dtype, device_map, trust_remote_code, shard=shard)
+        if shard:
+            shard_model(loaded.model, edit_matrices(loaded.model, chosen), find_device(device))
         found = Curvature.estimate(
             loaded.model,
             loaded.tokenizer,
@@ -230,6 +236,7 @@ def edit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     no_eos: NoEos = False,
@@ -281,9 +288,8 @@ def edit(
     if save == "model":
         check_room(job.model, out)
     with bars() as progress:
-        result = job.run(
-            device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress
-        )
+        options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        result = job.run(**options, shard=shard, progress=progress)  # type: ignore[arg-type]  # of several types
         result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above
     from .console import out as stdout
     from .console import print_proof
@@ -481,10 +487,13 @@ def ask(
     write_json_file(json, {"prompt": prompt, "answers": given})
 
 
-def _load(name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
+def _load(
+    name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool, *, shard: bool = False
+) -> "LoadedModel":
     from .checkpoint import load_edited
 
-    return load_edited(name, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    return load_edited(name, **options, shard=shard)
 
 
 def _texts(model: str, path: Path | None, samples: int | None, seed: int) -> "CapabilityTexts | None":

@@ -139,6 +139,8 @@ class Curvature:
         check_energy(energy)
         started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
+        if ranks.in_step():  # states that were saved at different moments would bring the processes out of step
+            resume = None
         matrices = edit_matrices(model, layers)
         about: dict[str, Any] = {
             "layers": tuple(m.layer for m in matrices),
@@ -161,7 +163,9 @@ class Curvature:
             one_pass = partial(
                 sum_factors, model, matrices, fisher=fisher, kind=kind, key=pass_key(key, halves), every=every
             )
-            found, description = factors_of_halves(one_pass, matrices, halves, seed, energy, Path(directory), progress)
+            with ranks.sharing():
+                options = (seed, energy, Path(directory), progress)
+                found, description = factors_of_halves(one_pass, matrices, halves, *options)
         return cls(
             factors=found,
             model_name=model_name or str(getattr(model.config, "_name_or_path", "")),
@@ -217,7 +221,7 @@ class Curvature:
     def _top(self, name: str, energy: float) -> Spectrum:
         """As much of a spectrum as a cross takes; of a sum, found from that of its largest part."""
         known = self._tops.get(name)
-        if known is None and ranks.size() > 1:  # all of them at once: the work can be shared
+        if known is None and ranks.count() > 1:  # all of them at once: the work can be shared
             unknown = [n for n in self.factors if n not in self._tops]
             self._tops |= self._solved({n: partial(self._leading, n, energy) for n in unknown})
         elif known is None or (self.factors[name].dense and not known.known_cross(energy)):
@@ -263,12 +267,16 @@ class Curvature:
 
     def _unsolved(self, name: str) -> list[tuple[str, tuple[Tensor, Tensor]]]:
         """The dense factors of a matrix; of several processes, which can share the work, of all that are not known."""
-        names = [name] if ranks.size() == 1 else [n for n in self.factors if n not in self._spectra]
+        names = [name] if ranks.count() == 1 else [n for n in self.factors if n not in self._spectra]
         found = [(n, self.factors[n].dense) for n in names]
         return [(n, dense) for n, dense in found if dense is not None]
 
     def _solved(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
         """The spectra of matrices: each found by one process, by the cubes of their widths, and given to all."""
+        with ranks.sharing():
+            return self._solved_by_all(problems)
+
+    def _solved_by_all(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
         sizes = {name: (len(self.factors[name].A), len(self.factors[name].G)) for name in problems}
         owners = distributed.owners([sum(size**3 for size in sizes[name]) for name in problems])
         who = dict(zip(problems, owners, strict=True))
@@ -411,6 +419,11 @@ class Curvature:
         Returns:
             The same everywhere.
         """
+        with ranks.sharing():
+            return cls._of_main(found)
+
+    @classmethod
+    def _of_main(cls, found: "Curvature | None") -> "Curvature | None":
         if ranks.size() == 1:
             return found
 
@@ -494,9 +507,9 @@ class Curvature:
         about: Mapping[str, Any],
     ) -> Self:
         """Factors like these, of other batches at the weights as they are."""
-        return self._with(
-            estimate_factors(model, matrices, batches, fisher=self.fisher, seed=seed, kind=self.kind), about
-        )
+        with ranks.sharing():
+            found = estimate_factors(model, matrices, batches, fisher=self.fisher, seed=seed, kind=self.kind)
+        return self._with(found, about)
 
     def _with(
         self,

@@ -293,7 +293,14 @@ def gather(value: Value) -> list[Value]:
 
 def meet() -> None:
     """Waits for all processes, and fails where one is gone."""
-    sum_tensors([torch.zeros(1)])
+    with ranks.sharing():
+        sum_tensors([torch.zeros(1)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every process may hold a part (:mod:`crispedit.sharding`), on each of them."""
+    gather_parts = getattr(tensor, "full_tensor", None)
+    return tensor if gather_parts is None else gather_parts()
 
 
 def write_directory(directory: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> None:
@@ -333,7 +340,8 @@ def check_equal(values: Mapping[str, str]) -> None:
         ConfigError: One differs; the first is named, with the hosts.
     """
     here = os.uname().nodename
-    found: list[dict[str, Any]] = gather({"host": here, "values": dict(values)})
+    with ranks.sharing():
+        found: list[dict[str, Any]] = gather({"host": here, "values": dict(values)})
     for other, theirs in enumerate(found):
         for what, value in found[0]["values"].items():
             if theirs["values"].get(what) != value:
@@ -356,7 +364,7 @@ def from_main(work: Callable[[], Value]) -> Value:
     Raises:
         CrispEditError: What it raised, everywhere.
     """
-    if ranks.size() == 1:
+    if ranks.count() == 1:
         return work()
     store, key = dist.distributed_c10d._get_default_store(), f"crispedit/main/{next(_calls)}"
     if ranks.is_main():
@@ -384,13 +392,13 @@ def from_main(work: Callable[[], Value]) -> Value:
 def _until_read(store: Any, key: str) -> None:
     """Waits a little, until the others know why the run ends: the store may go with this process."""
     end = time.monotonic() + LAST_SECONDS
-    while store.add(f"{key}/read", 0) < ranks.size() - 1 and time.monotonic() < end:
+    while store.add(f"{key}/read", 0) < ranks.count() - 1 and time.monotonic() < end:
         time.sleep(POLL)
 
 
 def on_main(work: Callable[[], Value]) -> Value | None:
     """As :func:`from_main`, of work whose result is of no use to the others: they get ``None``."""
-    if ranks.size() == 1:
+    if ranks.count() == 1:
         return work()
     found: list[Value] = []
     from_main(lambda: found.append(work()))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from . import __version__, distributed, ranks
 from .artifacts import write_json
 from .capability import TextSums
 from .certificate import certificate, texts_hash
-from .checkpoint import PATCH, RECORD, Form, read_back, round_to, write_model
+from .checkpoint import PATCH, RECORD, Form, check_files, read_back, round_to, write_model
 from .curvature import Curvature
 from .editors import configured
 from .editors.base import EditorConfig, EditProblem, Round
@@ -45,6 +46,7 @@ from .proof import (
     spread,
 )
 from .rows import Chat, Prompter
+from .sharding import whole_state
 from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 from .training import mean_loss
@@ -115,13 +117,16 @@ class EditResult:
         """
         if form not in ("model", "delta"):
             raise ConfigError(f"save is '{form}'; it must be model or delta")
-        distributed.write_directory(
-            Path(directory), lambda building: self._fill(building, form, progress), overwrite=overwrite
-        )
+        state = whole_state(self.model) if ranks.in_step() and form == "model" else None
+        fill = partial(self._fill, form=form, state=state, progress=progress)
+        distributed.write_directory(Path(directory), fill, overwrite=overwrite)
         return Path(directory)
 
-    def _fill(self, building: Path, form: Form, progress: Progress) -> None:
-        if form == "delta":
+    def _fill(self, building: Path, *, form: Form, state: dict[str, Tensor] | None, progress: Progress) -> None:
+        if form == "model" and state is not None:  # no process can ask a model of which it holds a part
+            write_model(self.model, self.tokenizer, building, self.stored_dtype, state)
+            check_files(state, building, self.stored_dtype, self.model.dtype)
+        elif form == "delta":
             self.patch.write(building / PATCH)
         else:
             write_model(self.model, self.tokenizer, building, self.stored_dtype)
@@ -369,8 +374,13 @@ def _settle(matrices: Sequence[EditMatrix]) -> None:
     Raises:
         EditFailed: They differ by more.
     """
-    if ranks.size() == 1:
+    if ranks.count() == 1:
         return
+    with ranks.sharing():
+        _settle_together(matrices)
+
+
+def _settle_together(matrices: Sequence[EditMatrix]) -> None:
     own = [matrix.parameter.data.clone() for matrix in matrices]
     distributed.broadcast_tensors([matrix.parameter.data for matrix in matrices])
     off = max(float((m.parameter.data - w).norm() / w.norm()) for m, w in zip(matrices, own, strict=True))

@@ -179,12 +179,16 @@ def _passes(
     device = model.get_input_embeddings().weight.device
     with frozen(model), recorded(matrices) as records, torch.enable_grad():
         mine = distributed.share(range(len(batches)))
-        for before, number in list(zip([-1, *mine], mine, strict=False))[first:]:
+        before_mine: list[int | None] = [-1, *mine]
+        passes = list(zip(before_mine, mine, strict=False))[first:]
+        if ranks.in_step():  # as many for every process: those of a sharded model run together
+            passes += [(None, 0)] * (-(-len(batches) // ranks.size()) - len(mine))
+        for before, number in passes:
             batch = batches[number].to(device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
             labels = next_tokens(batch).to(logits.device)
             predicted = labels != -100
-            if fisher == "mc":
+            if fisher == "mc" and before is not None:
                 _skip(sum(map(_num_predicted, batches[before + 1 : number])) * logits.shape[-1], generator)
                 labels[predicted] = _sample(logits.detach()[predicted], generator)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -194,7 +198,8 @@ def _passes(
             if not torch.isfinite(loss):
                 layers = ", ".join(str(m.layer) for m in matrices)
                 raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
-            yield predicted, found
+            if before is not None:
+                yield predicted, found
 
 
 class _State:

@@ -21,6 +21,7 @@ from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
 from .editing import EditResult, check_subjects
 from .editing import edit as edit_model
 from .editors import configured
+from .editors._gradient import RuledConfig
 from .editors._meta import lessons, train_in_directory
 from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
@@ -60,6 +61,7 @@ from .precision import float32_masters, mixed_precision
 from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
 from .rows import Chat, Prompter
+from .sharding import check_shard, shard_model
 from .speed import measure_speed
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
 from .wild import questions
@@ -224,6 +226,7 @@ class EditJob:
         device: str = "auto",
         dtype: str = "auto",
         device_map: str | None = None,
+        shard: bool = False,
         trust_remote_code: bool = False,
         progress: Progress = no_progress,
     ) -> EditResult:
@@ -233,6 +236,7 @@ class EditJob:
             device: As in :func:`crispedit.models.load_model`, like the next three.
             dtype: See there.
             device_map: See there.
+            shard: Whether the model is divided among the processes (:mod:`crispedit.sharding`).
             trust_remote_code: See there.
             progress: Called during every longer step.
 
@@ -241,9 +245,15 @@ class EditJob:
 
         Raises:
             ArtifactError: A recorded run has other edits now.
+            ConfigError: The editor cannot work on a sharded model.
             TextsError: Capability texts are needed, and there are none.
         """
         _, config = configured(self.editor, self.settings)
+        check_shard(shard)
+        if shard and not isinstance(config, RuledConfig):
+            raise ConfigError(
+                f"editor {self.editor} needs a whole model; with --shard there are those that train matrices"
+            )
         layers = parse_layers(self.layers) if self.layers is not None else None
         edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)
         check_subjects(config, edit_set)
@@ -253,9 +263,17 @@ class EditJob:
         texts = capability_texts(self.model, self.texts, self.samples, self.seed)
         found = Curvature.load(self.curvature) if self.curvature is not None else None
         loaded = load_model(
-            self.model, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+            self.model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            shard=shard,
+            trust_remote_code=trust_remote_code,
         )
         model, tokenizer = loaded.model, loaded.tokenizer
+        if shard:
+            named = layers if layers is not None or found is None else found.layers
+            shard_model(model, config.matrices(model, named), find_device(device))
         check_same(loaded, edit_set, texts, found, self)
         # what is wrong with the rows is said before minutes go into a curvature
         Prompter.of(model, tokenizer, chat=self.chat, eos=config.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from . import ranks
+from . import distributed, ranks
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
 
@@ -96,6 +96,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
+    shard: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Loads a causal LM and its tokenizer, weights from safetensors only.
@@ -105,6 +106,8 @@ def load_model(
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
         dtype: ``auto`` (the checkpoint's; float16 becomes float32 on a CPU), or a name in ``DTYPES``.
         device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
+        shard: Leave the weights in main memory, mapped from their files: :func:`crispedit.sharding.shard_model` is
+            to bring its part to every device.
         trust_remote_code: Whether code shipped with the model may run.
 
     Returns:
@@ -129,7 +132,7 @@ def load_model(
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if device_map is None:
+    if device_map is None and not shard:
         model.to(target)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
 
@@ -449,7 +452,7 @@ def tensor_fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     found = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
+        flat = distributed.whole(tensor.detach()).reshape(-1)
         step = max(1, flat.numel() // 1024)
         digest = hashlib.sha256(f"{tuple(tensor.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())

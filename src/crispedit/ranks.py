@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 _joined = False
 _alone = 0
+_in_step = 0
+_sharing = 0
 
 
 def launched() -> int:
@@ -30,8 +32,8 @@ def join() -> None:
 
 def leave() -> None:
     """From now on this process is on its own."""
-    global _joined
-    _joined = False
+    global _joined, _in_step
+    _joined, _in_step = False, 0
 
 
 def joined() -> bool:
@@ -39,14 +41,41 @@ def joined() -> bool:
     return _joined
 
 
-def size() -> int:
-    """How many processes work together."""
+def count() -> int:
+    """How many processes are in this run, whether they share its work or do all of it in step."""
     return int(os.environ["WORLD_SIZE"]) if _joined and not _alone else 1
 
 
+def size() -> int:
+    """How many processes share the work; 1 where each does all of it."""
+    return 1 if _in_step and not _sharing else count()
+
+
 def rank() -> int:
-    """Which of them this is, from 0 on."""
-    return int(os.environ["RANK"]) if _joined and not _alone else 0
+    """Which of those that share the work this is, from 0 on."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def stay_in_step() -> None:
+    """From now on every process does all of the work: none could run a model of which others hold parts."""
+    global _in_step
+    _in_step = 1
+
+
+def in_step() -> bool:
+    """Whether every process does all of the work, on a model of which each holds a part."""
+    return bool(_in_step) and _joined
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Within, processes that otherwise stay in step share the work: what they do takes each as many forward passes."""
+    global _sharing
+    _sharing += 1
+    try:
+        yield
+    finally:
+        _sharing -= 1
 
 
 def local_rank() -> int:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, ranks
 from .errors import CrispEditError
 from .forward import RowBatch, batch_size, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
 from .memory import free_memory
@@ -440,6 +440,8 @@ class _Record:
         return self._as_output(arguments[0] if arguments else keywords["hidden_states"])
 
     def _as_output(self, hidden: Tensor) -> Any:
+        if ranks.in_step():  # FSDP hangs a hook on what a block gives; an in-place operation on a view would lose it
+            hidden = hidden.clone()
         return hidden if self.others is None else (hidden, *self.others)
 
 

@@ -353,6 +353,10 @@ class _Run:
 
     def _step(self, chosen: Sequence[int], where: str) -> float:
         """One batch: its loss before the update, which is left out where the loss is low already."""
+        with ranks.sharing():  # a forward and a backward pass for each process
+            return self._shared_step(chosen, where)
+
+    def _shared_step(self, chosen: Sequence[int], where: str) -> float:
         loop = self.loop
         loss = loop.loss(chosen)
         whole = loss.detach().clone()
