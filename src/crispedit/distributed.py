@@ -40,7 +40,6 @@ LAST_SECONDS = 3.0
 """Seconds that a process which ends has for telling the others why."""
 POLL = 0.02
 """Seconds between two looks at whether the main process is done with what it does alone."""
-SAID = "crispedit/said"
 
 _heartbeat: Heartbeat | None = None
 _calls = count()
@@ -60,7 +59,7 @@ def _timeout() -> float:
 
 
 def start() -> None:
-    """Joins the processes that were launched together, if there are several; until :func:`stop`.
+    """Joins the processes that were launched together, if there are several; until :func:`stop`. In the main thread.
 
     Raises:
         ConfigError: There are more processes on this host than it has GPUs, or it has no time-out to go by.
@@ -146,7 +145,8 @@ def may_speak() -> bool:
         return True
     try:
         me = os.environ["RANK"]
-        return bool(_connect(LAST_SECONDS).compare_set(SAID, "", me) == me.encode())
+        key = f"crispedit/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun can start all again
+        return bool(_connect(LAST_SECONDS).compare_set(key, "", me) == me.encode())
     except Exception:  # the store went with its host
         return True
 
