@@ -54,6 +54,8 @@ def ended(tmp_path_factory):
         {**DISK, "env": own[0]},
         {"name": "resumed", "command": f"{EDIT} resumed", "env": own[1]},
         {"name": "evaluated", "command": f"{EVALUATE} evaluated.json", "env": own[1]},
+        {"name": "session", "command": "session init model s"},
+        {"name": "ask", "command": "ask model Hello"},
         {"name": "sharded", "command": f"{EDIT} sharded --shard", "env": own[2]},
         {"name": "hosts", "command": f"{EDIT} out", "env": own[0], "directory": str(root / "hosts")},
     ]
@@ -136,6 +138,20 @@ def test_a_full_disk_ends_all_with_one_line(ended):
     assert found["disk"]["statuses"] == [2, 2], found["disk"]
     lines = [line for said in found["disk"]["said"] for line in said.splitlines() if line.startswith("crispedit: ")]
     assert lines == ["crispedit: cannot write 'full': No space left on device"]
+
+
+def test_what_runs_in_one_process_says_so_once(ended):
+    _, found = ended
+    assert found["session"]["statuses"] == [2, 2]
+    lines = [line for said in found["session"]["said"] for line in said.splitlines()]
+    assert lines == ["crispedit: 'crispedit session' runs in one process: start it without a launcher"]
+
+
+def test_only_the_main_process_prints(ended):
+    root, found = ended
+    assert found["ask"]["statuses"] == [0, 0], found["ask"]
+    assert "Hello" in (root / "ask.0.out").read_text()
+    assert (root / "ask.1.out").read_text() == ""
 
 
 def test_other_files_on_another_host_are_named(ended):

@@ -524,7 +524,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(_run(arguments) if ranks.launched() == 1 else _run_together(arguments))
 
 
-TOGETHER = ("curvature", "edit", "evaluate", "ask", "editors", "tasks", "demo")
+TOGETHER = ("curvature", "edit", "evaluate", "ask", "editors", "tasks")
 """The commands that several processes may run together; of the others, some would write a file twice."""
 
 
