@@ -47,6 +47,7 @@ def ended(tmp_path_factory):
     prepare(root)
     for rank, rows in enumerate((ROWS, ROWS[:-1])):
         prepare(root / "hosts" / f"host{rank}", rows)
+    (root / "hosts" / "host1" / "texts.txt").write_text("\n\n".join(TEXTS[1:]))
     own = [{"CRISPEDIT_CACHE": str(root / "cache" / name)} for name in ("whole", "resumed", "sharded")]
     scenarios = [
         {"name": "whole", "command": f"{EDIT} whole", "env": own[0]},
@@ -54,6 +55,7 @@ def ended(tmp_path_factory):
         {**DISK, "env": own[0]},
         {"name": "resumed", "command": f"{EDIT} resumed", "env": own[1]},
         {"name": "evaluated", "command": f"{EVALUATE} evaluated.json", "env": own[1]},
+        {"name": "texts", "command": f"{CURVATURE} out", "env": own[0], "directory": str(root / "hosts")},
         {"name": "session", "command": "session init model s"},
         {"name": "ask", "command": "ask model Hello"},
         {"name": "sharded", "command": f"{EDIT} sharded --shard", "env": own[2]},
@@ -154,12 +156,13 @@ def test_only_the_main_process_prints(ended):
     assert (root / "ask.1.out").read_text() == ""
 
 
-def test_other_files_on_another_host_are_named(ended):
+@pytest.mark.parametrize(("name", "what"), [("hosts", "the edits"), ("texts", "the texts")])
+def test_other_files_on_another_host_are_named(ended, name, what):
     root, found = ended
-    went = found["hosts"]
+    went = found[name]
     assert went["statuses"] == [2, 2], went
     (line,) = [line for said in went["said"] for line in said.splitlines() if line.startswith("crispedit: ")]
-    assert "the edits of rank 1 (on " in line
+    assert f"crispedit: {what} of rank 1 (on " in line
     assert not (root / "hosts" / "host0" / "out").exists()
 
 

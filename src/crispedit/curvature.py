@@ -158,6 +158,15 @@ class Curvature:
             kind = factors
         key = content_key(about, kind)
         halves = token_halves(model, tokenizer, divided.fit)
+        # sums over parts of other batches, or of another model, would be of nothing
+        distributed.check_equal(
+            {
+                "the model's weights": about["model_fingerprint"],
+                "the tokenizers": about["tokenizer"],
+                "the texts": divided.sha256,
+                "the batches of texts": pass_key(key, halves),
+            }
+        )
         every = None if resume else math.inf
         with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
             one_pass = partial(

@@ -143,10 +143,16 @@ def may_speak() -> bool:
     """Whether this process is the first to say why the run ends; asked once, when it does."""
     if not ranks.joined():
         return True
+    if _heartbeat is not None:
+        _heartbeat.halt()
     try:
-        me = os.environ["RANK"]
+        store, me = _connect(LAST_SECONDS), os.environ["RANK"]
         key = f"crispedit/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun can start all again
-        return bool(_connect(LAST_SECONDS).compare_set(key, "", me) == me.encode())
+        first = bool(store.compare_set(key, "", me) == me.encode())
+        store.add(f"{key}/asked", 1)
+        if ranks.is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _until(store, f"{key}/asked", int(os.environ["WORLD_SIZE"]))  # the store goes with this process
+        return first
     except Exception:  # the store went with its host
         return True
 
@@ -373,7 +379,7 @@ def from_main(work: Callable[[], Value]) -> Value:
                 value = work()
         except CrispEditError as error:
             store.set(key, json.dumps({"error": type(error).__name__, "message": str(error)}))
-            _until_read(store, key)
+            _until(store, f"{key}/read", ranks.count() - 1)
             raise
         store.set(key, json.dumps({"value": value}))
         return value
@@ -389,10 +395,10 @@ def from_main(work: Callable[[], Value]) -> Value:
     return cast(Value, outcome["value"])
 
 
-def _until_read(store: Any, key: str) -> None:
-    """Waits a little, until the others know why the run ends: the store may go with this process."""
+def _until(store: Any, key: str, count: int) -> None:
+    """Waits a little, until the others have learnt why the run ends."""
     end = time.monotonic() + LAST_SECONDS
-    while store.add(f"{key}/read", 0) < ranks.count() - 1 and time.monotonic() < end:
+    while store.add(key, 0) < count and time.monotonic() < end:
         time.sleep(POLL)
 
 

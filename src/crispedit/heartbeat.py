@@ -58,6 +58,10 @@ class Heartbeat(threading.Thread):
         self.join()
         self.store.set(self._key, "ended")
 
+    def halt(self) -> None:
+        """Stops counting and watching, for this process ends: what the others make of it is theirs."""
+        self._ended.set()
+
     def _watch_store(self) -> None:
         """A store that does not answer at all holds up the thread that asks it."""
         while not self._ended.wait(self.every):

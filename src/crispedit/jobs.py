@@ -699,6 +699,7 @@ def evaluate_job(
         after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
     else:
         base_model = load_edited(base, **(options or {})).model
+        distributed.check_equal({"the base model's weights": fingerprint(base_model)})
         after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
     benchmarks = None
     if harness is not None:
