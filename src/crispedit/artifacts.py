@@ -1,4 +1,8 @@
-"""Directories, JSON files and files of tensors that are written whole or not at all."""
+"""Directories, JSON files and files of tensors that are written whole or not at all.
+
+Of several processes only the main one writes results, and looks whether it can; states of unfinished work, which are
+files of tensors, are each process's own.
+"""
 
 import json
 import os
@@ -9,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import ranks
 from .errors import ArtifactError
 from .progress import log
 
@@ -34,6 +39,8 @@ def check_writable(directory: Path, *, overwrite: bool = False) -> None:
     Raises:
         ArtifactError: It is a file, or a directory that is not empty, or cannot be created.
     """
+    if not ranks.is_main():
+        return
     if directory.is_file():
         raise ArtifactError(f"'{directory}' is a file; name a new directory")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
@@ -56,7 +63,7 @@ def check_writable_file(path: Path | None, option: str, *, overwrite: bool = Tru
     Raises:
         ArtifactError: It is a directory, or there already, or cannot be created.
     """
-    if path is None:
+    if path is None or not ranks.is_main():
         return
     if path.is_dir():
         raise ArtifactError(f"{option} '{path}' is a directory; name a file")
@@ -75,6 +82,8 @@ def check_space(directory: Path, num_bytes: int) -> None:
     Raises:
         ArtifactError: There is not enough room.
     """
+    if not ranks.is_main():
+        return
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -173,7 +182,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it.
+    """Writes a text file under a temporary name and renames it; only the main process does.
 
     Args:
         path: The file; its directory is created.
@@ -182,6 +191,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ArtifactError: It cannot be written.
     """
+    if not ranks.is_main():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -56,7 +56,7 @@ def keep(curvature: Curvature) -> Path:
         The directory where it can be read.
     """
     key = content_key(curvature.manifest(), curvature.kind)
-    if curvature.path is not None:
+    if curvature.path is not None:  # the main process writes, here and there
         write_json(cache_directory() / f"{key}.json", {"path": str(curvature.path.absolute())})
         return curvature.path
     return curvature.save(cache_directory() / key, overwrite=True)

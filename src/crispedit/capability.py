@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .bundled import abilities, corpus
 from .generation import answers
 from .progress import Progress, no_progress
@@ -90,8 +91,8 @@ def drift_of_texts(
     Returns:
         The sums, in the order of the batches.
     """
-    parts = []
-    for number, batch in enumerate(batches):
+
+    def sums(batch: TokenBatch) -> Tensor:
         labels = next_tokens(batch)
         counted = labels != -100
         log_p = base(batch).cpu()[counted].float().log_softmax(-1)
@@ -106,8 +107,12 @@ def drift_of_texts(
             ]
         )
         text = counted.nonzero()[:, 0]
-        parts.append(torch.zeros(4, len(labels), dtype=torch.float64).index_add_(1, text, of_tokens.double()))
-        progress("drift", number + 1, len(batches))
+        return torch.zeros(4, len(labels), dtype=torch.float64).index_add_(1, text, of_tokens.double())
+
+    parts = []
+    for _, part in distributed.spread(batches, sums):
+        parts.append(part)
+        progress("drift", len(parts), len(batches))
     drift, loss_base, loss, tokens = torch.cat(parts, 1)
     return TextSums(drift=drift, loss_base=loss_base, loss=loss, tokens=tokens)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,9 @@ def round_to(matrices: Sequence[EditMatrix], originals: Mapping[str, Tensor], dt
     return Rounding(dtype=str(dtype).removeprefix("torch."), survived=survived, relative_error=relative_error)
 
 
-def write_model(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
+def write_model(
+    model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes a Hugging Face model into an existing directory.
 
     Args:
@@ -72,15 +74,17 @@ def write_model(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype)
         tokenizer: Saved beside it, with its chat template.
         directory: Where its files go.
         dtype: The checkpoint's dtype.
+        state: The model's tensors, where they are not in the model itself.
 
     Raises:
         ArtifactError: There is too little room.
     """
+    architectures = model.config.architectures
     check_space(directory, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # by address: tied tensors stay tied, and are stored once
     state = {
         name: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype) if t.dtype == model.dtype else t)
-        for name, t in model.state_dict().items()
+        for name, t in (model.state_dict() if state is None else state).items()
     }
     try:
         model.save_pretrained(directory, state_dict=state)
@@ -88,8 +92,35 @@ def write_model(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype)
     except SafetensorError as error:  # safetensors reports a full disk as its own error
         raise ArtifactError(f"cannot write the model: {error}") from error
     config = read_json(directory / "config.json")
+    if state is not None:  # a sharded model's class has another name
+        model.config.architectures = config["architectures"] = architectures
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(directory / "config.json", config)
+
+
+def check_files(state: Mapping[str, Tensor], directory: Path, dtype: torch.dtype, computed: torch.dtype) -> None:
+    """Compares the files of a written model, tensor by tensor, with what was to be written, bit for bit.
+
+    Args:
+        state: The model's tensors by name.
+        directory: Where :func:`write_model` wrote them.
+        dtype: In which dtype.
+        computed: The dtype of those tensors that are stored in ``dtype``.
+
+    Raises:
+        EditFailed: A tensor is missing, or another one.
+    """
+    written: set[str] = set()
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no dictionary
+                wanted = state[name].to(dtype) if state[name].dtype == computed else state[name]
+                if not torch.equal(file.get_tensor(name), wanted):
+                    raise EditFailed(f"{name} of the saved model is not what was to be saved; nothing was kept")
+                written.add(name)
+    there = {(state[name].data_ptr(), state[name].shape) for name in written}
+    if missing := [name for name, t in state.items() if name not in written and (t.data_ptr(), t.shape) not in there]:
+        raise EditFailed(f"the saved model has no {missing[0]}; nothing was kept")
 
 
 def read_back(model: Any, directory: Path, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from . import evaluate_cli, lenet_cli, patch_cli, session_cli
+from . import evaluate_cli, lenet_cli, patch_cli, ranks, session_cli
 from .errors import ConfigError, CrispEditError, EditFailed, TextsError
 from .options import (
     BatchSize,
@@ -33,6 +33,7 @@ from .options import (
     Samples,
     Seed,
     Set,
+    Shard,
     Texts,
     TrustRemoteCode,
     bars,
@@ -91,6 +92,7 @@ def curvature(
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file.")] = None,
@@ -102,13 +104,15 @@ def curvature(
     from .artifacts import check_writable
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
-    from .models import parse_layers
+    from .models import edit_matrices, find_device, parse_layers
+    from .sharding import check_shard, shard_model
     from .threshold import check_energy
 
     check_writable(out, overwrite=overwrite)
     check_fisher(fisher)
     check_kind(factors)
     check_energy(energy)
+    check_shard(shard)
     if plot is not None:
         from .plot import check_plot
 
@@ -121,7 +125,9 @@ def curvature(
     from .console import print_curvature
 
     with bars() as progress:
-        loaded = _load(model, device, dtype, device_map, trust_remote_code)
+        loaded = _load(model, device, dtype, device_map, trust_remote_code, shard=shard)
+        if shard:
+            shard_model(loaded.model, edit_matrices(loaded.model, chosen), find_device(device))
         found = Curvature.estimate(
             loaded.model,
             loaded.tokenizer,
@@ -137,10 +143,13 @@ def curvature(
         )
     found.save(out, overwrite=overwrite)
     cache.keep(found)
+    if not ranks.is_main():
+        return  # the main process shows what all have found
     if plot is not None:
         from .plot import draw_curvature
 
-        draw_curvature(found, energy, plot)
+        with ranks.alone():
+            draw_curvature(found, energy, plot)
     print_curvature(found)
     from .console import out as stdout
 
@@ -227,6 +236,7 @@ def edit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     no_eos: NoEos = False,
@@ -278,9 +288,8 @@ def edit(
     if save == "model":
         check_room(job.model, out)
     with bars() as progress:
-        result = job.run(
-            device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress
-        )
+        options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        result = job.run(**options, shard=shard, progress=progress)  # type: ignore[arg-type]  # of several types
         result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above
     from .console import out as stdout
     from .console import print_proof
@@ -478,10 +487,13 @@ def ask(
     write_json_file(json, {"prompt": prompt, "answers": given})
 
 
-def _load(name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> "LoadedModel":
+def _load(
+    name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool, *, shard: bool = False
+) -> "LoadedModel":
     from .checkpoint import load_edited
 
-    return load_edited(name, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    return load_edited(name, **options, shard=shard)
 
 
 def _texts(model: str, path: Path | None, samples: int | None, seed: int) -> "CapabilityTexts | None":
@@ -509,7 +521,52 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the program and exits with its status; the only place that exits."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
-    sys.exit(_run(arguments))
+    sys.exit(_run(arguments) if ranks.launched() == 1 else _run_together(arguments))
+
+
+TOGETHER = ("curvature", "edit", "evaluate", "ask", "editors", "tasks")
+"""The commands that several processes may run together; of the others, some would write a file twice."""
+
+
+def _run_together(arguments: list[str] | None) -> int:
+    """Runs the program as one of several processes (:mod:`crispedit.distributed`); the status."""
+    from . import distributed
+
+    names = [name for name in (sys.argv[1:] if arguments is None else arguments) if not name.startswith("-")]
+    try:
+        distributed.start()
+        if names and names[0] not in TOGETHER:
+            raise ConfigError(f"'crispedit {names[0]}' runs in one process: start it without a launcher")
+    except CrispEditError as error:
+        _say(str(error))
+        return error.exit_status
+    if not ranks.is_main():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    status = _run(arguments)
+    if status == 0:
+        distributed.stop()
+    return status
+
+
+def _say(message: str) -> None:
+    """A line on stderr; of several processes only the first that fails says why."""
+    if ranks.joined():
+        from .distributed import may_speak
+
+        if not may_speak():
+            return
+    print(f"crispedit: {message}", file=sys.stderr, flush=True)
+
+
+def _interruption() -> str:
+    if not ranks.joined():
+        return "interrupted; no result was written"
+    from .distributed import interruption
+
+    return interruption()
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -517,17 +574,17 @@ def _run(arguments: list[str] | None) -> int:
     try:
         status = app(arguments, standalone_mode=False, prog_name="crispedit")
         if status == 130:  # how Typer returns from a KeyboardInterrupt
-            print("crispedit: interrupted; no result was written", file=sys.stderr)
+            _say(_interruption())
         return status if isinstance(status, int) else 0
     except CrispEditError as error:
         if debug:
             raise
-        print(f"crispedit: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_status
     except Exception as error:
         if hasattr(error, "format_message"):  # how Typer reports a wrong command line
             message = " ".join(error.format_message().split())
-            print(f"crispedit: {message.rstrip('.')}; see 'crispedit --help'", file=sys.stderr)
+            _say(f"{message.rstrip('.')}; see 'crispedit --help'")
             return 2
         raise
 
@@ -537,6 +594,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if ranks.launched() > 1:  # that a connection broke is said in one line, by us
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 if __name__ == "__main__":

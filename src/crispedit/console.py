@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from . import ranks
 from .progress import Progress as ProgressCallback
 from .progress import log
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: a list of ro
     from .planning import Fit, Plan
     from .tradeoff import Comparison
 
-out = Console(highlight=False, markup=False)
-err = Console(stderr=True, highlight=False, markup=False)
+# only the main process of several shows anything
+out = Console(highlight=False, markup=False, quiet=not ranks.is_main())
+err = Console(stderr=True, highlight=False, markup=False, quiet=not ranks.is_main())
 
 
 class _Rate(ProgressColumn):
@@ -60,7 +62,7 @@ def progress_bars(*, keep: bool = True) -> Iterator[ProgressCallback]:
         _Rate(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, disable=not err.is_terminal or err.quiet) as bars:
         running: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:

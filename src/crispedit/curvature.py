@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import __version__
-from .artifacts import read_json, write_directory, write_json, write_tensors
+from . import __version__, distributed, ranks
+from .artifacts import read_json, write_json, write_tensors
 from .description import ENERGY, Description, describe, leading_spectrum
 from .errors import ArtifactError, ConfigError, ModelError, check_choice
 from .factors import (
@@ -34,6 +34,7 @@ from .factors import (
     estimate_factors,
     estimate_second_moments,
     merge_factors,
+    sum_factors,
 )
 from .halves import factors_of_halves, pass_key, token_halves
 from .memory import free_memory
@@ -138,6 +139,8 @@ class Curvature:
         check_energy(energy)
         started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
+        if ranks.in_step():  # states that were saved at different moments would bring the processes out of step
+            resume = None
         matrices = edit_matrices(model, layers)
         about: dict[str, Any] = {
             "layers": tuple(m.layer for m in matrices),
@@ -148,15 +151,30 @@ class Curvature:
             "texts": divided.manifest(),
             "seed": seed,
         }
-        kind = _kind_under_way(about, affordable_kind(matrices), resume) if factors == "auto" else factors
+        if factors == "auto":
+            affordable = affordable_kind(matrices)
+            kind = distributed.from_main(partial(_kind_under_way, about, affordable, resume))
+        else:
+            kind = factors
         key = content_key(about, kind)
         halves = token_halves(model, tokenizer, divided.fit)
+        # sums over parts of other batches, or of another model, would be of nothing
+        distributed.check_equal(
+            {
+                "the model's weights": about["model_fingerprint"],
+                "the tokenizers": about["tokenizer"],
+                "the texts": divided.sha256,
+                "the batches of texts": pass_key(key, halves),
+            }
+        )
         every = None if resume else math.inf
         with nullcontext(resume / key) if resume else tempfile.TemporaryDirectory() as directory:
             one_pass = partial(
-                estimate_factors, model, matrices, fisher=fisher, kind=kind, key=pass_key(key, halves), every=every
+                sum_factors, model, matrices, fisher=fisher, kind=kind, key=pass_key(key, halves), every=every
             )
-            found, description = factors_of_halves(one_pass, matrices, halves, seed, energy, Path(directory), progress)
+            with ranks.sharing():
+                options = (seed, energy, Path(directory), progress)
+                found, description = factors_of_halves(one_pass, matrices, halves, *options)
         return cls(
             factors=found,
             model_name=model_name or str(getattr(model.config, "_name_or_path", "")),
@@ -211,16 +229,24 @@ class Curvature:
 
     def _top(self, name: str, energy: float) -> Spectrum:
         """As much of a spectrum as a cross takes; of a sum, found from that of its largest part."""
+        known = self._tops.get(name)
+        if known is None and ranks.count() > 1:  # all of them at once: the work can be shared
+            unknown = [n for n in self.factors if n not in self._tops]
+            self._tops |= self._solved({n: partial(self._leading, n, energy) for n in unknown})
+        elif known is None or (self.factors[name].dense and not known.known_cross(energy)):
+            self._tops[name] = self._leading(name, energy)
+        return self._tops[name]
+
+    def _leading(self, name: str, energy: float) -> Spectrum:
         known, dense = self._tops.get(name), self.factors[name].dense
         if dense is None:
             found = known or leading_spectrum(self.factors[name])
         elif known is not None:
-            found = known if known.known_cross(energy) else Spectrum.for_cross(*dense, energy, start=known)
+            found = Spectrum.for_cross(*dense, energy, start=known)
         elif name in self._starts:
             found = self._starts[name].updated(*dense, energy)
         else:
             found = Spectrum.for_cross(*dense, energy)
-        self._tops[name] = found
         return found
 
     @property
@@ -245,8 +271,37 @@ class Curvature:
         if dense is None:
             raise ConfigError("sketched factors know leading directions only: use constraint cross, or dense factors")
         if name not in self._spectra:
-            self._spectra[name] = Spectrum.of(*dense)
+            self._spectra |= self._solved({n: partial(Spectrum.of, *dense) for n, dense in self._unsolved(name)})
         return self._spectra[name]
+
+    def _unsolved(self, name: str) -> list[tuple[str, tuple[Tensor, Tensor]]]:
+        """The dense factors of a matrix; of several processes, which can share the work, of all that are not known."""
+        names = [name] if ranks.count() == 1 else [n for n in self.factors if n not in self._spectra]
+        found = [(n, self.factors[n].dense) for n in names]
+        return [(n, dense) for n, dense in found if dense is not None]
+
+    def _solved(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
+        """The spectra of matrices: each found by one process, by the cubes of their widths, and given to all."""
+        with ranks.sharing():
+            return self._solved_by_all(problems)
+
+    def _solved_by_all(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
+        sizes = {name: (len(self.factors[name].A), len(self.factors[name].G)) for name in problems}
+        owners = distributed.owners([sum(size**3 for size in sizes[name]) for name in problems])
+        who = dict(zip(problems, owners, strict=True))
+        mine = {name: solve() for name, solve in problems.items() if who[name] == ranks.rank()}
+        if ranks.size() == 1:
+            return mine
+        found = {}
+        for name, owner in who.items():
+            tensors = distributed.tensors_of(owner, mine[name].tensors() if name in mine else None)
+            found[name] = Spectrum.of_tensors(tensors).to(self._device(name))
+        return found
+
+    def _device(self, name: str) -> torch.device:
+        """Where the factors of a matrix are."""
+        A = self.factors[name].A
+        return (A if isinstance(A, Tensor) else A.product).device
 
     def measure_second_moments(
         self, model: Any, tokenizer: Any, texts: Sequence[str], *, progress: Progress = no_progress
@@ -315,7 +370,7 @@ class Curvature:
         }
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes ``factors.safetensors`` and ``curvature.json``, whole or not at all.
+        """Writes ``factors.safetensors`` and ``curvature.json``, whole or not at all; of several processes one does.
 
         Args:
             directory: New or empty, unless ``overwrite``.
@@ -324,18 +379,24 @@ class Curvature:
         Returns:
             The directory.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, factors in self.factors.items():
-            for side, moment in (("A", factors.A), ("G", factors.G)):
-                tensors |= _stored(f"{name}/{side}", moment)
-        with write_directory(Path(directory), overwrite=overwrite) as building:
-            write_tensors(building / TENSORS, tensors, {}, "the curvature")
-            seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
-            write_json(building / MANIFEST, {**self.manifest(), **seconds})
+        distributed.write_directory(Path(directory), self._fill, overwrite=overwrite)
         self.path = Path(directory)
         if self._pass is not None:  # its result is safe now
             shutil.rmtree(self._pass, ignore_errors=True)
         return self.path
+
+    def _fill(self, building: Path) -> None:
+        write_tensors(building / TENSORS, self._tensors(), {}, "the curvature")
+        seconds = {"seconds": round(self.seconds, 2)} if self.seconds else {}
+        write_json(building / MANIFEST, {**self.manifest(), **seconds})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The factors as tensors of a file."""
+        tensors: dict[str, Tensor] = {}
+        for name, factors in self.factors.items():
+            for side, moment in (("A", factors.A), ("G", factors.G)):
+                tensors |= _stored(f"{name}/{side}", moment)
+        return tensors
 
     @classmethod
     def load(cls, directory: str | Path) -> "Curvature":
@@ -353,31 +414,60 @@ class Curvature:
         directory = Path(directory)
         manifest = read_manifest(directory)
         try:
-            tensors = load_file(directory / TENSORS)
-            count = manifest["num_tokens"]
-            factors = {
-                n: Factors(A=_restored(tensors, f"{n}/A"), G=_restored(tensors, f"{n}/G"), num_tokens=count)
-                for n in manifest["matrices"]
-            }
-            description = {n: Description.from_json(of_matrix) for n, of_matrix in manifest["matrices"].items()}
-            return cls(
-                factors=factors,
-                layers=tuple(manifest["layers"]),
-                fisher=manifest["fisher"],
-                model_name=manifest["model"],
-                model_revision=manifest["model_revision"],
-                model_fingerprint=manifest["model_fingerprint"],
-                dtype=manifest["dtype"],
-                tokenizer=manifest["tokenizer"],
-                chat_template=manifest["chat_template"],
-                held_out=tuple(manifest["held_out"]),
-                texts=manifest["texts"],
-                seed=manifest["seed"],
-                _described=description,
-                path=directory,
-            )
+            return cls._of(manifest, load_file(directory / TENSORS), directory)
         except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise ArtifactError(f"the curvature directory '{directory}' is damaged: {error}") from error
+
+    @classmethod
+    def of_main(cls, found: "Curvature | None") -> "Curvature | None":
+        """The curvature that the main of several processes has read, which others may not be able to read.
+
+        Args:
+            found: What it has read, if anything; not looked at elsewhere.
+
+        Returns:
+            The same everywhere.
+        """
+        with ranks.sharing():
+            return cls._of_main(found)
+
+    @classmethod
+    def _of_main(cls, found: "Curvature | None") -> "Curvature | None":
+        if ranks.size() == 1:
+            return found
+
+        def said() -> dict[str, Any]:
+            return {"manifest": found.manifest(), "path": str(found.path)} if found is not None else {}
+
+        about = distributed.from_main(said)
+        if not about:
+            return None
+        tensors = distributed.tensors_of(0, found._tensors() if found is not None else None)
+        return found if ranks.is_main() else cls._of(about["manifest"], tensors, Path(about["path"]))
+
+    @classmethod
+    def _of(cls, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> "Curvature":
+        """What a manifest and tensors hold; raises what looking for what is not there raises."""
+        count = manifest["num_tokens"]
+        return cls(
+            factors={
+                n: Factors(A=_restored(tensors, f"{n}/A"), G=_restored(tensors, f"{n}/G"), num_tokens=count)
+                for n in manifest["matrices"]
+            },
+            layers=tuple(manifest["layers"]),
+            fisher=manifest["fisher"],
+            model_name=manifest["model"],
+            model_revision=manifest["model_revision"],
+            model_fingerprint=manifest["model_fingerprint"],
+            dtype=manifest["dtype"],
+            tokenizer=manifest["tokenizer"],
+            chat_template=manifest["chat_template"],
+            held_out=tuple(manifest["held_out"]),
+            texts=manifest["texts"],
+            seed=manifest["seed"],
+            _described={n: Description.from_json(of_matrix) for n, of_matrix in manifest["matrices"].items()},
+            path=path,
+        )
 
     def of_rows(self, model: Any, matrices: Sequence[EditMatrix], rows: Sequence[Sequence[int]], seed: int) -> Self:
         """The curvature at these rows of the same model, whose weights may have moved since: what a round adds.
@@ -426,9 +516,9 @@ class Curvature:
         about: Mapping[str, Any],
     ) -> Self:
         """Factors like these, of other batches at the weights as they are."""
-        return self._with(
-            estimate_factors(model, matrices, batches, fisher=self.fisher, seed=seed, kind=self.kind), about
-        )
+        with ranks.sharing():
+            found = estimate_factors(model, matrices, batches, fisher=self.fisher, seed=seed, kind=self.kind)
+        return self._with(found, about)
 
     def _with(
         self,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +19,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from . import __version__
-from .artifacts import write_directory, write_json
+from . import __version__, distributed, ranks
+from .artifacts import write_json
 from .capability import TextSums
 from .certificate import certificate, texts_hash
-from .checkpoint import PATCH, RECORD, Form, read_back, round_to, write_model
+from .checkpoint import PATCH, RECORD, Form, check_files, read_back, round_to, write_model
 from .curvature import Curvature
 from .drift_meter import DriftMeter
 from .editors import configured
@@ -45,11 +46,14 @@ from .proof import (
     spread,
 )
 from .rows import Chat, Prompter
+from .sharding import whole_state
 from .subspace import Subspace
 from .texts import CapabilityTexts, TokenBatch, split_texts, text_batches
 from .training import mean_loss
 from .wild import Question, ask, expected_drafts, questions, score
 
+SETTLED = 1e-5
+"""Processes may come to weights that differ by so much of their norm: by rounding, on different hardware."""
 CHECKED = 8
 """A model that was written is asked so many questions again, after all its tensors were compared."""
 
@@ -95,6 +99,8 @@ class EditResult:
     ) -> Path:
         """Writes the edited model (or only its patch), reads the model back, and checks that it is the same.
 
+        Of several processes the main one does, and the others wait.
+
         Args:
             directory: New or empty, unless ``overwrite``.
             form: ``model`` or ``delta`` (the patch).
@@ -111,17 +117,23 @@ class EditResult:
         """
         if form not in ("model", "delta"):
             raise ConfigError(f"save is '{form}'; it must be model or delta")
-        directory = Path(directory)
-        with write_directory(directory, overwrite=overwrite) as building:
-            if form == "delta":
-                self.patch.write(building / PATCH)
-            else:
-                write_model(self.model, self.tokenizer, building, self.stored_dtype)
-                started = time.monotonic()
-                self._check_written(building, progress)
-                self.metrics["seconds"]["reading_back"] = round(time.monotonic() - started, 2)
-            write_json(building / RECORD, self.record())
-        return directory
+        state = whole_state(self.model) if ranks.in_step() and form == "model" else None
+        fill = partial(self._fill, form=form, state=state, progress=progress)
+        distributed.write_directory(Path(directory), fill, overwrite=overwrite)
+        return Path(directory)
+
+    def _fill(self, building: Path, *, form: Form, state: dict[str, Tensor] | None, progress: Progress) -> None:
+        if form == "model" and state is not None:  # no process can ask a model of which it holds a part
+            write_model(self.model, self.tokenizer, building, self.stored_dtype, state)
+            check_files(state, building, self.stored_dtype, self.model.dtype)
+        elif form == "delta":
+            self.patch.write(building / PATCH)
+        else:
+            write_model(self.model, self.tokenizer, building, self.stored_dtype)
+            started = time.monotonic()
+            self._check_written(building, progress)
+            self.metrics["seconds"]["reading_back"] = round(time.monotonic() - started, 2)
+        write_json(building / RECORD, self.record())
 
     def _check_written(self, directory: Path, progress: Progress) -> None:
         """Refuses a written model with other tensors than the one in memory, or other answers."""
@@ -298,7 +310,7 @@ def _edit_and_prove(
             loss_before = loss()
             if held_out:
                 problem.drift = DriftMeter(model, matrices, held_out.batches)
-            rounds, seconds = _run(module.edit(problem, config), after_round)
+            rounds, seconds = _run(module.edit(problem, config), matrices, after_round)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()
             notes = check_edited(change, loss_before, loss_after, must_fall=config.lowers_loss)
@@ -338,16 +350,42 @@ def _edit_and_prove(
     )
 
 
-def _run(rounds: Iterator[Round], after_round: Callable[[Round], None]) -> tuple[list[Round], float]:
+def _run(
+    rounds: Iterator[Round], matrices: Sequence[EditMatrix], after_round: Callable[[Round], None]
+) -> tuple[list[Round], float]:
     """The rounds of an editor, and the seconds that they took it."""
     found: list[Round] = []
     seconds, started = 0.0, time.monotonic()
     for done in rounds:
+        _settle(matrices)
         seconds += time.monotonic() - started
         found.append(done)
         after_round(done)
         started = time.monotonic()
     return found, seconds + time.monotonic() - started
+
+
+def _settle(matrices: Sequence[EditMatrix]) -> None:
+    """Gives all processes the matrices of the main one, bit for bit.
+
+    Gradient editors have made the same steps of the same sums, the others have done the same work everywhere: where the
+    processes run on different hardware, the results may still differ by rounding.
+
+    Raises:
+        EditFailed: They differ by more.
+    """
+    if ranks.count() == 1:
+        return
+    with ranks.sharing():
+        _settle_together(matrices)
+
+
+def _settle_together(matrices: Sequence[EditMatrix]) -> None:
+    own = [matrix.parameter.data.clone() for matrix in matrices]
+    distributed.broadcast_tensors([matrix.parameter.data for matrix in matrices])
+    off = max(float((m.parameter.data - w).norm() / w.norm()) for m, w in zip(matrices, own, strict=True))
+    if (worst := max(distributed.gather(off))) > SETTLED:
+        raise EditFailed(f"the processes of this run have come to different weights (by {worst:.1e}); run it on one")
 
 
 def _subspaces(problem: EditProblem, config: EditorConfig) -> dict[str, Subspace]:

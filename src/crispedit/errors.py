@@ -10,6 +10,7 @@
     │   └── ArtifactError        a directory that crispedit wrote, or is asked to write
     ├── EditFailed               status 1: nothing changed, the loss did not fall, the model cannot be saved
     │   └── NumericsError        a number that is not finite
+    ├── LostRank                 status 1: one of several processes of a run is gone, or stuck
     └── Interrupted              status 130: by Ctrl-C, where a part of the result was kept
 
 Every message is one line: what is wrong, and what would be right.
@@ -61,6 +62,10 @@ class EditFailed(CrispEditError):
 
 class NumericsError(EditFailed):
     """A factor, a loss or a weight is not finite."""
+
+
+class LostRank(CrispEditError):
+    """One of the processes that work together is gone, or does not come."""
 
 
 class Interrupted(CrispEditError):

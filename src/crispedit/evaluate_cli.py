@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import ranks
 from .errors import ConfigError
 from .options import (
     Chat,
@@ -81,6 +82,10 @@ def evaluate(
         "concurrency": endpoint_concurrency,
     }
     _check_endpoint(endpoint, live_options, texts, chat)
+    if endpoint is not None and ranks.joined():
+        raise ConfigError(
+            "a live server is asked by one process: start 'crispedit evaluate --endpoint' without a launcher"
+        )
     if endpoint is not None and (tasks is not None or protocol != "wild"):
         raise ConfigError("a live server can only be asked freely: leave out --tasks and --protocol")
     _check_reports(report or [], curvature)
@@ -109,6 +114,8 @@ def evaluate(
         else:
             found = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
         rows = measure_rows(found, progress=progress) if found.before is not None or report else []
+    if not ranks.is_main():
+        return  # the main process shows what all have found
     from .console import print_differences, print_evaluations, print_judged, print_tasks
 
     result = found.summary()

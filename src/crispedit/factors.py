@@ -15,7 +15,8 @@ labels *sampled from the model* (``fisher="mc"``). With the texts' own next toke
 Fisher (``fisher="empirical"``), a different matrix, and the one that the published code computes.
 
 A pass over many texts takes long: it can leave its state in a file as it goes, and go on from there,
-with the same result bit for bit.
+with the same result bit for bit. Several processes share the batches; each has sums and a state of its own, and the
+sums are added up once, at the end.
 """
 
 import math
@@ -30,10 +31,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import distributed, ranks
 from .artifacts import write_tensors
 from .errors import ArtifactError, NumericsError, check_choice
 from .models import EditMatrix, frozen
-from .moments import Kind, Moment, MomentSum, moment_of, weighted_sum
+from .moments import Kind, Moment, MomentSum, weighted_sum
 from .progress import Progress, log, no_progress
 from .spectrum import Spectrum
 from .texts import TokenBatch, next_tokens
@@ -41,6 +43,8 @@ from .texts import TokenBatch, next_tokens
 Fisher = Literal["mc", "empirical"]
 SAVE_SECONDS, SAVE_TIMES = 30.0, 20
 """A pass with a file saves its state after so many seconds; and after so many times what the last save took."""
+SKIPPED = 2**20
+"""Random numbers that are dropped at a time."""
 
 
 def check_fisher(fisher: str) -> None:
@@ -106,6 +110,17 @@ class FactorSums:
         self.G.add(gradients)
         self.num_tokens += len(inputs)
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors from which the sums go on, the count of tokens aside."""
+        sides = {"A": self.A, "G": self.G}
+        return {f"{side}/{part}": tensor for side, moment in sides.items() for part, tensor in moment.state().items()}
+
+    def add_up(self) -> None:
+        """Adds the sums of all processes, in place; each of them calls it once, when its own are complete."""
+        tokens = torch.tensor(self.num_tokens)
+        distributed.sum_tensors([*self.state().values(), tokens])
+        self.num_tokens = int(tokens)
+
     def mean(self) -> Factors:
         """The factors."""
         return Factors(A=self.A.mean(self.num_tokens), G=self.G.mean(self.num_tokens), num_tokens=self.num_tokens)
@@ -141,7 +156,18 @@ def _passes(
     generator: torch.Generator,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
-    """A forward and a backward pass per batch from the ``first`` on, down to the matrices' outputs.
+    """A forward and a backward pass per batch, down to the matrices' outputs.
+
+    Of several processes each passes over its share. Labels are the same whoever samples them: the random numbers of
+    the others' batches are drawn too, and dropped.
+
+    Args:
+        model: A causal LM.
+        matrices: The matrices of interest.
+        batches: All of them.
+        fisher: How labels come about.
+        generator: Of sampled labels.
+        first: How many of this process's batches are behind it.
 
     Yields:
         Which positions predict a token, (rows, length) bool; and per matrix name the inputs (rows, length, d_in) and
@@ -152,12 +178,18 @@ def _passes(
     """
     device = model.get_input_embeddings().weight.device
     with frozen(model), recorded(matrices) as records, torch.enable_grad():
-        for number, batch in enumerate(batches[first:], first):
-            batch = batch.to(device)
+        mine = distributed.share(range(len(batches)))
+        before_mine: list[int | None] = [-1, *mine]
+        passes = list(zip(before_mine, mine, strict=False))[first:]
+        if ranks.in_step():  # as many for every process: those of a sharded model run together
+            passes += [(None, 0)] * (-(-len(batches) // ranks.size()) - len(mine))
+        for before, number in passes:
+            batch = batches[number].to(device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
             labels = next_tokens(batch).to(logits.device)
             predicted = labels != -100
-            if fisher == "mc":
+            if fisher == "mc" and before is not None:
+                _skip(sum(map(_num_predicted, batches[before + 1 : number])) * logits.shape[-1], generator)
                 labels[predicted] = _sample(logits.detach()[predicted], generator)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
@@ -166,7 +198,8 @@ def _passes(
             if not torch.isfinite(loss):
                 layers = ", ".join(str(m.layer) for m in matrices)
                 raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
-            yield predicted, found
+            if before is not None:
+                yield predicted, found
 
 
 class _State:
@@ -196,9 +229,7 @@ class _State:
             ArtifactError: It cannot be written.
         """
         tensors = {"generator": self.drawn}
-        for name, sums in self.sums.items():
-            for side, moment in (("A", sums.A), ("G", sums.G)):
-                tensors |= {f"{name}/{side}/{part}": t.cpu() for part, t in moment.state().items()}
+        tensors |= {f"{name}/{part}": t.cpu() for name, sums in self.sums.items() for part, t in sums.state().items()}
         tokens = next(iter(self.sums.values())).num_tokens
         about = {"key": key, "done": str(self.done), "tokens": str(tokens)}
         write_tensors(path, tensors, about, "the state of the curvature pass")
@@ -220,12 +251,7 @@ class _State:
                 if about.get("key") != key:
                     return False
                 tokens, done, drawn = int(about["tokens"]), int(about["done"]), file.get_tensor("generator")
-                parts = {
-                    f"{name}/{side}/{part}": tensor
-                    for name, sums in self.sums.items()
-                    for side, moment in (("A", sums.A), ("G", sums.G))
-                    for part, tensor in moment.state().items()
-                }
+                parts = {f"{name}/{part}": t for name, sums in self.sums.items() for part, t in sums.state().items()}
                 if any(file.get_slice(key).get_shape() != list(tensor.shape) for key, tensor in parts.items()):
                     return False
                 self.generator.set_state(drawn)
@@ -252,6 +278,44 @@ def estimate_factors(
     every: float | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Factors]:
+    """The factors of token batches: :func:`sum_factors`, added up over all processes and divided.
+
+    Args:
+        model: See :func:`sum_factors`, like all others.
+        matrices: See there.
+        batches: See there.
+        fisher: See there.
+        seed: See there.
+        kind: See there.
+        resume: See there.
+        key: See there.
+        every: See there.
+        progress: See there.
+
+    Returns:
+        Factors by matrix name, on the matrices' devices.
+
+    Raises:
+        NumericsError: An activation or a gradient is not finite.
+    """
+    options: dict[str, Any] = {"resume": resume, "key": key, "every": every, "progress": progress}
+    sums = sum_factors(model, matrices, batches, fisher=fisher, seed=seed, kind=kind, **options)
+    return {name: factors_of(name, sums.pop(name)) for name in list(sums)}
+
+
+def sum_factors(
+    model: Any,
+    matrices: Sequence[EditMatrix],
+    batches: Sequence[TokenBatch],
+    *,
+    fisher: Fisher = "mc",
+    seed: int = 0,
+    kind: Kind = "dense",
+    resume: Path | None = None,
+    key: str = "",
+    every: float | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, FactorSums]:
     """One pass over token batches: forward, backward to the matrices' outputs, two outer products each.
 
     Padding under the mask and every row's last token, which predicts nothing, are left out, so the
@@ -273,69 +337,92 @@ def estimate_factors(
         progress: Called after every batch.
 
     Returns:
-        Factors by matrix name, on the matrices' devices.
+        Sums by matrix name, on the matrices' devices: of several processes, over this one's share of the batches.
 
     Raises:
         ArtifactError: The state cannot be written.
         KeyboardInterrupt: As it came, after the state was saved.
         NumericsError: An activation or a gradient is not finite.
     """
-    state = _State(matrices, kind, seed)
+    state, total = _State(matrices, kind, seed), len(distributed.share(batches))
+    if resume is not None and ranks.size() > 1:  # its own state: with other processes it would be of other batches
+        resume, key = own_state(resume), f"{key} {ranks.rank()} of {ranks.size()}"
     restored = resume is not None and state.restore(resume, key)
-    finished = restored and state.done == len(batches)
+    finished = restored and state.done == total
     if restored and not finished:
-        log.info("an interrupted pass goes on after batch %d of %d", state.done, len(batches))
+        log.info("an interrupted pass goes on after batch %d of %d", state.done, total)
     every = SAVE_SECONDS if every is None else every
     saved, pause = time.monotonic(), every
     try:
         for predicted, found in _passes(model, matrices, batches, fisher, state.generator, state.done):
             state.add(predicted, found)
-            progress("curvature", state.done, len(batches))
-            if resume is not None and state.done < len(batches) and time.monotonic() - saved >= pause:
+            progress("curvature", state.done, total)
+            if resume is not None and state.done < total and time.monotonic() - saved >= pause:
                 started = time.monotonic()
                 state.try_to_save(resume, key)
                 saved = time.monotonic()
                 pause = max(every, SAVE_TIMES * (saved - started))
     except KeyboardInterrupt:
         if resume is not None and state.whole and every < math.inf and state.try_to_save(resume, key):
-            log.info("interrupted after batch %d of %d; the same command goes on from there", state.done, len(batches))
+            log.info("interrupted after batch %d of %d; the same command goes on from there", state.done, total)
         raise
     if resume is not None and not finished:
         state.save(resume, key)
-    return {name: _checked(name, state.sums.pop(name).mean()) for name in list(state.sums)}
+    return state.sums
 
 
-def saved_factors(path: Path, opened: Any, name: str) -> Factors:
-    """The factors of one matrix from the file of a finished pass; the others stay on disk.
+def own_state(path: Path) -> Path:
+    """Where a process keeps its state of a pass, of which ``path`` is that of a process alone."""
+    if ranks.size() == 1:
+        return path
+    return path.with_name(f"{path.stem}.{ranks.rank()}-of-{ranks.size()}{path.suffix}")
+
+
+def saved_sums(path: Path, opened: Any, matrix: EditMatrix) -> FactorSums:
+    """The sums of one matrix from the file of a finished pass; the others stay on disk.
 
     Args:
-        path: What ``resume`` was.
+        path: Where the state is (:func:`own_state`).
         opened: The same, opened by ``safetensors.safe_open`` when the pass was finished: it can be read even when
             another process that did the same pass has removed the file. What is read from it stays mapped, and counts
             as memory, until it is closed; so it is read only then.
-        name: Of the matrix.
+        matrix: The matrix.
 
     Returns:
-        The factors, on the CPU.
+        The sums, on the device of the matrix.
     """
     try:
         with safe_open(path, "pt") as file:
-            return _read_factors(file, name)
+            return _read_sums(file, matrix)
     except OSError:
-        return _read_factors(opened, name)
+        return _read_sums(opened, matrix)
 
 
-def _read_factors(file: Any, name: str) -> Factors:
-    tokens = int(file.metadata()["tokens"])
-    A, G = (
-        moment_of(file.get_tensor(f"{name}/{side}/total"), file.get_tensor(f"{name}/{side}/squares"), tokens)
-        for side in "AG"
-    )
-    return Factors(A=A, G=G, num_tokens=tokens)
+def _read_sums(file: Any, matrix: EditMatrix) -> FactorSums:
+    shapes = [file.get_slice(f"{matrix.name}/{side}/total").get_shape() for side in "AG"]
+    dense = all(rows == columns for rows, columns in shapes)
+    found = FactorSums(matrix.shape, matrix.parameter.device, "dense" if dense else "sketch")
+    for part, tensor in found.state().items():
+        tensor.copy_(file.get_tensor(f"{matrix.name}/{part}"))
+    found.num_tokens = int(file.metadata()["tokens"])
+    return found
 
 
-def _checked(name: str, factors: Factors) -> Factors:
-    """Refuses factors that are not finite."""
+def factors_of(name: str, sums: FactorSums) -> Factors:
+    """The factors of complete sums, added up over all processes.
+
+    Args:
+        name: Of the matrix.
+        sums: Of this process.
+
+    Returns:
+        The factors, the same everywhere.
+
+    Raises:
+        NumericsError: A number is not finite.
+    """
+    sums.add_up()
+    factors = sums.mean()
     for moment in (factors.A, factors.G):
         if not torch.isfinite(moment if isinstance(moment, Tensor) else moment.product).all():
             raise NumericsError(f"the curvature factors of {name} are not finite; load the model with --dtype float32")
@@ -372,7 +459,7 @@ def estimate_second_moments(
     bases = {m.name: spectra[m.name].to(m.parameter.device) for m in matrices}
     sums = {m.name: torch.zeros(m.shape, device=m.parameter.device) for m in matrices}
     generator = torch.Generator().manual_seed(seed)
-    num_tokens = 0
+    num_tokens = torch.tensor(0)
     for number, (predicted, found) in enumerate(_passes(model, matrices, batches, fisher, generator)):
         num_tokens += int(predicted.sum())
         for name, (inputs, gradients) in found.items():
@@ -381,8 +468,22 @@ def estimate_second_moments(
                 a = inputs[row][of_row].float() @ bases[name].input_basis
                 g = gradients[row][of_row].float() @ bases[name].output_basis
                 sums[name] += (g.T @ a).square()
-        progress("second moments", number + 1, len(batches))
+        progress("second moments", number + 1, len(distributed.share(batches)))
+    distributed.sum_tensors([*sums.values(), num_tokens])
     return {name: total / num_tokens for name, total in sums.items()}
+
+
+def _num_predicted(batch: TokenBatch) -> int:
+    """How many tokens of a batch are labels (:func:`crispedit.texts.next_tokens`)."""
+    return int(batch.mask[:, 1:].sum())
+
+
+def _skip(numbers: int, generator: torch.Generator) -> None:
+    """Leaves a generator as if so many uniform numbers had been drawn from it."""
+    while numbers > 0:
+        # bytes: each takes as much of the generator as a float32 does, and less time
+        torch.empty(min(numbers, SKIPPED), dtype=torch.uint8).random_(generator=generator)
+        numbers -= SKIPPED
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:

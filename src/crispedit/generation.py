@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from . import distributed, ranks
 from .errors import EditsError
 from .models import CACHE, context_length
 from .progress import Progress, no_progress
@@ -204,11 +205,14 @@ def answers(
     done = len(rows) - len(going)
     if done:
         progress(what, done, len(rows))
-    for group in token_groups([row.ids for row in going], batch_tokens):
-        batch, going = going[: len(group)], going[len(group) :]
+    groups = token_groups([row.ids for row in going], batch_tokens)
+    left = iter(going)
+    batches = [list(itertools.islice(left, len(group))) for group in groups]
+    for batch in distributed.share(batches):
         _generate(model, reader, batch)
         done += len(batch)
         progress(what, done, len(rows))
+    _take_from_others(reader, batches)
     found = {ids: reader.answer(row, stop_at_period) for ids, row in rows.items()}
     return [found[ids] for ids in encoded]
 
@@ -237,6 +241,18 @@ def _take_drafts(model: Any, reader: _Reader, rows: dict[Ids, _Row], guesses: Ma
             rows[ids] = max(rows[ids], shown, key=lambda one: len(one.new))
         if sum(rows[ids].ended for ids in part) < WORTH * len(part):
             return
+
+
+def _take_from_others(reader: _Reader, batches: Sequence[Sequence[_Row]]) -> None:
+    """Adds to the rows of batches that other processes have answered what these have found."""
+    if ranks.size() == 1:
+        return
+    for owner, of_owner in enumerate(
+        distributed.gather([[row.new for row in batch] for batch in distributed.share(batches)])
+    ):
+        for batch, answered in zip(batches[owner :: ranks.size()], of_owner, strict=True):
+            for row, new in zip(batch, answered, strict=True):
+                reader.add(row, new[len(row.new) :])
 
 
 def _first_choices(logits: RowLogits, chosen: Sequence[int]) -> Iterator[tuple[EditRow, list[int]]]:

@@ -1,14 +1,18 @@
 """What the commands do, from names and paths to results: the layer between command line and library."""
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from . import cache
+from . import __version__, cache, distributed, ranks
 from .artifacts import read_json
 from .bundled import corpus, world
 from .certificate import measured, texts_hash
@@ -17,6 +21,7 @@ from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
 from .editing import EditResult, check_subjects
 from .editing import edit as edit_model
 from .editors import configured
+from .editors._gradient import RuledConfig
 from .editors._meta import lessons, train_in_directory
 from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
@@ -56,6 +61,7 @@ from .precision import float32_masters, mixed_precision
 from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
 from .rows import Chat, Prompter
+from .sharding import check_shard, shard_model
 from .speed import measure_speed
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
 from .wild import questions
@@ -108,6 +114,47 @@ def capability_texts(model: str, path: Path | None, samples: int | None, seed: i
     if model == BUNDLED:
         return split_texts(corpus.capability_texts(), source=BUNDLED, samples=samples, seed=seed)
     return None
+
+
+def check_same(
+    loaded: LoadedModel,
+    edits: EditSet | None = None,
+    texts: CapabilityTexts | Sequence[str] | None = None,
+    curvature: Curvature | None = None,
+    settings: Any = None,
+) -> None:
+    """Refuses processes that were not given the same: two hosts may have other files under one name.
+
+    Args:
+        loaded: The model.
+        edits: The edits.
+        texts: The texts, divided or not.
+        curvature: A curvature that was read.
+        settings: What else the result depends on.
+
+    Raises:
+        ConfigError: Something differs; what, and on which host.
+    """
+    if ranks.size() == 1:
+        return
+    config = {k: v for k, v in loaded.model.config.to_dict().items() if k != "_name_or_path"}
+    divided = texts if texts is None or isinstance(texts, CapabilityTexts) else list(texts)
+    distributed.check_equal(
+        {
+            "the versions": f"{__version__} {torch.__version__} {transformers.__version__}",
+            "the model's configurations": _hash(config),
+            "the model's weights": fingerprint(loaded.model),
+            "the tokenizers": tokenizer_hash(loaded.tokenizer),
+            "the edits": edits.sha256 if edits is not None else "",
+            "the texts": divided.sha256 if isinstance(divided, CapabilityTexts) else _hash(divided),
+            "the curvatures": _hash(curvature.manifest() if curvature is not None else None),
+            "the settings": _hash(settings),
+        }
+    )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +226,7 @@ class EditJob:
         device: str = "auto",
         dtype: str = "auto",
         device_map: str | None = None,
+        shard: bool = False,
         trust_remote_code: bool = False,
         progress: Progress = no_progress,
     ) -> EditResult:
@@ -188,6 +236,7 @@ class EditJob:
             device: As in :func:`crispedit.models.load_model`, like the next three.
             dtype: See there.
             device_map: See there.
+            shard: Whether the model is divided among the processes (:mod:`crispedit.sharding`).
             trust_remote_code: See there.
             progress: Called during every longer step.
 
@@ -196,9 +245,15 @@ class EditJob:
 
         Raises:
             ArtifactError: A recorded run has other edits now.
+            ConfigError: The editor cannot work on a sharded model.
             TextsError: Capability texts are needed, and there are none.
         """
         _, config = configured(self.editor, self.settings)
+        check_shard(shard)
+        if shard and not isinstance(config, RuledConfig):
+            raise ConfigError(
+                f"editor {self.editor} needs a whole model; with --shard there are those that train matrices"
+            )
         layers = parse_layers(self.layers) if self.layers is not None else None
         edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)
         check_subjects(config, edit_set)
@@ -208,9 +263,18 @@ class EditJob:
         texts = capability_texts(self.model, self.texts, self.samples, self.seed)
         found = Curvature.load(self.curvature) if self.curvature is not None else None
         loaded = load_model(
-            self.model, device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+            self.model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            shard=shard,
+            trust_remote_code=trust_remote_code,
         )
         model, tokenizer = loaded.model, loaded.tokenizer
+        if shard:
+            named = layers if layers is not None or found is None else found.layers
+            shard_model(model, config.matrices(model, named), find_device(device))
+        check_same(loaded, edit_set, texts, found, self)
         # what is wrong with the rows is said before minutes go into a curvature
         Prompter.of(model, tokenizer, chat=self.chat, eos=config.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]
         if found is None and config.needs_curvature():
@@ -275,11 +339,12 @@ class EditJob:
             wanted = {
                 "texts_sha256": texts.sha256,
                 "fisher": "mc",
-                "factors": affordable_kind(matrices),
+                "factors": distributed.from_main(lambda: affordable_kind(matrices)),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "seed": self.seed,
             }
-        found = cache.find(*identity, **wanted)
+        # others may have no such cache, and would wait for one that does
+        found = Curvature.of_main(distributed.on_main(lambda: cache.find(*identity, **wanted)))
         if found is not None:
             log.info(
                 "curvature found in the cache: %s (%s tokens of %s, %s factors)", found.path, f"{found.num_tokens:,}",
@@ -617,8 +682,9 @@ def evaluate_job(
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
-    there = harness.load(edits, progress=progress) if harness is not None else []
+    there = harness and distributed.on_main(partial(harness.load, edits, progress=progress))
     loaded = load_edited(model, **(options or {}))
+    check_same(loaded, edit_set, chosen, settings=[protocol, chat, stop_at_period, judge.name, base])
     how: dict[str, Any] = {
         "protocol": protocol,
         "texts": chosen,
@@ -633,10 +699,14 @@ def evaluate_job(
         after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
     else:
         base_model = load_edited(base, **(options or {})).model
+        distributed.check_equal({"the base model's weights": fingerprint(base_model)})
         after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
     benchmarks = None
     if harness is not None:
-        benchmarks = harness.run(there, loaded, base_model, chat=chat, progress=progress)
+        work = partial(harness.run, there or [], loaded, base_model, chat=chat, progress=progress)
+        benchmarks = distributed.on_main(
+            work
+        )  # lm-evaluation-harness has its own way to share work, and its own launcher
     return Evaluated(
         model=model,
         base=base,

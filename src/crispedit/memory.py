@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
+
 
 def free_memory(device: torch.device) -> int:
     """What a device can still give.
@@ -15,17 +17,20 @@ def free_memory(device: torch.device) -> int:
         device: A GPU or the CPU.
 
     Returns:
-        Bytes; of the CPU, what the system can hand out, caches that it would give up included.
+        Bytes; of the CPU, what the system can hand out, caches that it would give up included, to each of the
+        processes that share the host.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 // ranks.local_size()
     except OSError:
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no Linux: half of what is there
+    return (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // ranks.local_size()
+    )  # no Linux: half of what is there
 
 
 def resident_bytes() -> int:

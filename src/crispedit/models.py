@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
+from . import distributed, ranks
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
 
@@ -95,6 +96,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
+    shard: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Loads a causal LM and its tokenizer, weights from safetensors only.
@@ -104,6 +106,8 @@ def load_model(
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
         dtype: ``auto`` (the checkpoint's; float16 becomes float32 on a CPU), or a name in ``DTYPES``.
         device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
+        shard: Leave the weights in main memory, mapped from their files: :func:`crispedit.sharding.shard_model` is
+            to bring its part to every device.
         trust_remote_code: Whether code shipped with the model may run.
 
     Returns:
@@ -112,9 +116,11 @@ def load_model(
     Raises:
         ModelError: There is no such model, it is no causal LM with safetensors weights, some are
             missing, it is quantised, or it has no tokenizer.
-        ConfigError: No such device or dtype.
+        ConfigError: No such device or dtype, or a device map for one of several processes.
     """
     source, target = _checked_source(name, dtype), find_device(device)
+    if device_map is not None and ranks.joined():
+        raise ConfigError("a device map spreads a model over the devices of one process; with several, leave it out")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _explained(name):
         config = _float_config(name, source, options)
@@ -126,7 +132,7 @@ def load_model(
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if device_map is None:
+    if device_map is None and not shard:
         model.to(target)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
 
@@ -202,13 +208,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is a GPU when there is one.
+    """The device of a name; ``auto`` is a GPU when there is one: of several processes on a host, each has its own.
 
     Raises:
         ConfigError: It cannot be used here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.local_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(
+                f"device '{name}' is one GPU for {ranks.local_size()} processes; each has its own: leave it out"
+            )
+        name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -440,7 +452,7 @@ def tensor_fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """
     found = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
+        flat = distributed.whole(tensor.detach()).reshape(-1)
         step = max(1, flat.numel() // 1024)
         digest = hashlib.sha256(f"{tuple(tensor.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import distributed, ranks
 from .errors import CrispEditError
 from .forward import RowBatch, batch_size, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
 from .memory import free_memory
@@ -125,14 +126,17 @@ class RowLogits:
         Yields:
             Every row with the values of its targets, on the CPU.
         """
+        batches: list[list[int]] = []
         order = sorted(chosen, key=lambda index: self.rows[index].ids)
         while order:
             ends = itertools.accumulate(len(self.rows[index].ids) for index in order)
             count = max(1, sum(end <= batch_tokens for end in ends))
-            batch, order = order[:count], order[count:]
+            batches.append(order[:count])
+            order = order[count:]
+        # whole batches are shared among processes: what is computed does not depend on how many there are
+        for batch, found in distributed.spread(batches, lambda batch: of(*self(batch))):
             rows = [self.rows[index] for index in batch]
-            values = torch.split(of(*self(batch)).cpu(), [row.num_targets for row in rows])
-            yield from zip(rows, values, strict=True)
+            yield from zip(rows, torch.split(found.cpu(), [row.num_targets for row in rows]), strict=True)
 
 
 def _collated(model: Any, rows: Sequence[EditRow], pair_cost: float | None = None) -> RowBatch:
@@ -436,6 +440,8 @@ class _Record:
         return self._as_output(arguments[0] if arguments else keywords["hidden_states"])
 
     def _as_output(self, hidden: Tensor) -> Any:
+        if ranks.in_step():  # FSDP hangs a hook on what a block gives; an in-place operation on a view would lose it
+            hidden = hidden.clone()
         return hidden if self.others is None else (hidden, *self.others)
 
 

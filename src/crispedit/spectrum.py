@@ -1,5 +1,6 @@
 """The spectrum of a pair of Kronecker factors: all eigenpairs, or the leading ones that a cross takes. Pure tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,6 +141,30 @@ class Spectrum:
             residuals=(self.residuals[0], torch.zeros_like(ones)),
             beyond=(None, None),
             following=(self.following[0], None),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, as tensors by name: what one process gives to another."""
+        named = {
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "input_basis": self.input_basis,
+            "output_basis": self.output_basis,
+            "traces": torch.tensor(self.traces, dtype=torch.float64),
+        }
+        pairs = {"residuals": self.residuals, "beyond": self.beyond, "following": self.following}
+        of_sides = {f"{name}/{side}": t for name, pair in pairs.items() for side, t in zip("AG", pair, strict=True)}
+        return named | {name: t for name, t in of_sides.items() if t is not None}
+
+    @classmethod
+    def of_tensors(cls, given: Mapping[str, Tensor]) -> "Spectrum":
+        """What :meth:`tensors` made tensors of."""
+        return cls(
+            **{name: given[name] for name in ("alpha", "beta", "input_basis", "output_basis")},
+            traces=(float(given["traces"][0]), float(given["traces"][1])),
+            residuals=(given["residuals/A"], given["residuals/G"]),
+            beyond=(given.get("beyond/A"), given.get("beyond/G")),
+            following=(given.get("following/A"), given.get("following/G")),
         )
 
     @property

@@ -2,6 +2,10 @@
 
 What is trained, and how it is in the model, is the business of a trainee: matrices, each through its update rule
 (:mod:`crispedit.updates`), or an adapter.
+
+Several processes share the rows of every batch. Its loss, and the gradients of what is trained, are summed over them;
+with the same sums each makes the same step, so that nothing else has to move, and what depends on a loss is decided
+alike.
 (CrispEdit, arXiv 2602.15823, Algorithm 1; FT-M: appendix E.)
 """
 
@@ -14,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import distributed, ranks
 from .adam import AdamMemory, adam
 from .errors import NumericsError
 from .forward import collate, target_logits
@@ -292,14 +297,24 @@ class _Loop:
         return -(-len(self.logits.rows) // self.batch_size)
 
     def loss(self, chosen: Sequence[int]) -> Tensor:
-        """Mean cross-entropy over the target tokens of some rows, or over rows."""
+        """Mean cross-entropy over the target tokens of some rows, or over rows; of several processes, this one's part.
+
+        The parts add up to the mean over the whole batch, whatever tokens each has. A process whose part of a small
+        batch would be no row has one that does not count: all take part in the sums.
+        """
+        mine = distributed.share(chosen) or chosen[:1]
         with torch.autocast(self.logits.model.device.type, torch.bfloat16, enabled=self.mixed):
-            logits, labels = self.logits(chosen)
-        if self.reduction == "token":
+            logits, labels = self.logits(mine)
+        if self.reduction == "sample":
+            counts = torch.tensor([self.logits.rows[index].num_targets for index in mine], device=labels.device)
+            losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            part = (losses / counts.repeat_interleave(counts)).sum() / len(chosen)
+        elif ranks.size() == 1:
             return nn.functional.cross_entropy(logits.float(), labels)
-        counts = torch.tensor([self.logits.rows[index].num_targets for index in chosen], device=labels.device)
-        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        return (losses / counts.repeat_interleave(counts)).sum() / len(counts)
+        else:
+            tokens = sum(self.logits.rows[index].num_targets for index in chosen)
+            part = nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens
+        return part if ranks.rank() < len(chosen) else 0 * part
 
 
 class _Run:
@@ -345,18 +360,28 @@ class _Run:
 
     def _step(self, chosen: Sequence[int], where: str) -> float:
         """One batch: its loss before the update, which is left out where the loss is low already."""
+        with ranks.sharing():  # a forward and a backward pass for each process
+            return self._shared_step(chosen, where)
+
+    def _shared_step(self, chosen: Sequence[int], where: str) -> float:
         loop = self.loop
         loss = loop.loss(chosen)
-        reading = _Reading(loss)
+        whole = loss.detach().clone()
+        distributed.sum_tensors([whole])
+        reading = _Reading(whole)
         if loss.device.type == "cpu" and reading.get() < loop.stop_loss:
             return reading.get()
         # elsewhere the backward pass is queued before the loss is known: nothing waits for it
-        gradients = torch.autograd.grad(loss + loop.trainee.penalty(), loop.trainee.differentiated())
+        penalty = loop.trainee.penalty() / ranks.size()  # every process adds its part
+        gradients = torch.autograd.grad(loss + penalty, loop.trainee.differentiated())
         value = reading.get()
         if not math.isfinite(value):
             raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
         if value >= loop.stop_loss:
             loop.trainee.learn(gradients)
+            distributed.sum_tensors(
+                [parameter.grad for parameter in loop.trainee.parameters if parameter.grad is not None]
+            )
             self.optimizer.step()
             loop.trainee.apply()
             self.trace.steps += 1
@@ -431,7 +456,7 @@ def train(
         lr: Adam's learning rate, or ``auto``.
         first: The first rate that ``auto`` tries, times d_in.
         epochs: Passes over the rows, at most; trials that are not taken come on top.
-        batch_size: Rows per step.
+        batch_size: Rows per step, of all processes together.
         seed: Of the order of rows, reshuffled every epoch.
         stop_loss: See :data:`STOP_LOSS`.
         reduction: See :data:`Reduction`.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import distributed
 from .bundled.world import QA_CONTEXT
 from .edits import Edit
 from .errors import EditsError
@@ -171,7 +172,7 @@ def judge_answers(
     """
     shown = {context: cases(asked, answered, base[context] if base else None) for context, answered in given.items()}
     known = [case for some in shown.values() for case in some if case is not None]
-    verdicts = judge(known, progress=progress)
+    verdicts = distributed.from_main(lambda: judge(known, progress=progress))
     said = iter(verdicts)
     found = {context: [None if case is None else next(said) for case in some] for context, some in shown.items()}
     return found, Judged.of(judge, known, verdicts)
