@@ -2,13 +2,15 @@
 
     python benchmarks/budget.py --out out/budget.jsonl --json budget.json
     python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4 --model DIR
+    python benchmarks/budget.py --out out/budget.jsonl --mechanisms "trust region" priced mask filter "adam in the ball"
     python benchmarks/budget.py --table out/budget.jsonl
 
 Every run edits a fresh copy of the bundled model, or of another that ``crispedit.bundled.train`` made, with a seeded
-sample of the edits: within a budget (ten of them, by factors of two), or off a hard mask at an energy γ, with the rate
-that ``auto`` finds; and by plain fine-tuning. Asked without context are 200 of the edits. Drift is measured on the
-held-out texts, which a budget is kept on, and on others of the same kind, which nobody has seen. Finished runs are
-appended to --out and not repeated; the table compares every budget's run with the best γ that drifts no more than it.
+sample of the edits: within a budget (ten of them, by factors of two), by the trust region or by a mechanism that lost
+(``mechanisms.py``); off a hard mask at an energy γ, with the rate that ``auto`` finds; and by plain fine-tuning. Asked
+without context are 200 of the edits. Drift is measured on the held-out texts, which a budget is kept on, and on others
+of the same kind, which nobody has seen. Finished runs are appended to --out and not repeated; the table compares every
+budget's run with the best γ that drifts no more.
 """
 
 import random
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import runs
+from mechanisms import KINDS, TRUST_REGION, mechanism
 
 from crispedit.artifacts import write_json
 from crispedit.bundled import corpus
@@ -33,7 +36,9 @@ from crispedit.texts import text_batches
 from crispedit.wild import ask, questions, score
 
 BUDGETS = tuple(0.0005 * 2**power for power in range(10))
-ENERGIES = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99999)
+ENERGY = "energy"
+"""The mechanism of a fixed γ; 0 is plain fine-tuning."""
+ENERGIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99999)
 ASKED, FRESH = 200, 100
 PROBES = 200
 """Items per ability."""
@@ -64,17 +69,17 @@ class Bench:
         if seed not in self.curvatures:
             self.curvatures = {seed: Curvature.estimate(loaded.model, loaded.tokenizer, self.texts, seed=seed)}
         chosen = random.Random(seed).sample(self.edits, case["size"])
-        settings = {case["mechanism"]: case["value"]}
         started = time.monotonic()
-        result = edit(
-            loaded.model,
-            loaded.tokenizer,
-            chosen,
-            curvature=self.curvatures[seed],
-            texts=self.texts,
-            seed=seed,
-            **settings,
-        )
+        with mechanism(case["mechanism"]):
+            result = edit(
+                loaded.model,
+                loaded.tokenizer,
+                chosen,
+                curvature=self.curvatures[seed],
+                texts=self.texts,
+                seed=seed,
+                **{"energy" if case["mechanism"] == ENERGY else "budget": case["value"]},
+            )
         seconds = time.monotonic() - started
         prompter = Prompter.of(loaded.model, loaded.tokenizer)
         asked = questions(spread(chosen, ASKED))
@@ -107,8 +112,8 @@ class Bench:
 def cases(args: Any) -> list[dict[str, Any]]:
     """All that is asked for."""
     values = [
-        *(("energy", energy) for energy in (0.0, *args.energies)),
-        *(("budget", budget) for budget in args.budgets),
+        *((ENERGY, energy) for energy in args.energies),
+        *((name, budget) for name in args.mechanisms for budget in args.budgets),
     ]
     return [
         {"model": args.model, "edits": args.edits, "size": size, "seed": seed, "mechanism": mechanism, "value": value}
@@ -128,19 +133,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["size"], row["mechanism"], row["value"]), []).append(row)
-    for (model, size, mechanism, value), some in groups.items():
+    for (model, size, name_of_it, value), some in groups.items():
         mean = {
             name: statistics.mean(row[name] for row in some)
             for name in ("drift", "fresh_drift", "reliability", "generalization", "locality", "abilities", "seconds")
         }
-        rivals = [_rival(row, rows) for row in some] if mechanism == "budget" else []
+        rivals = [_rival(row, rows) for row in some] if name_of_it != ENERGY else []
         beside = ""
         if rivals and None not in rivals:
             best = [rival for rival in rivals if rival is not None]
             beside = ", ".join(
                 f"{statistics.mean(row[name] for row in best):.1f}" for name in ("reliability", "generalization")
             )
-        said = f"budget {value:g}" if mechanism == "budget" else "fine-tuning" if value == 0 else f"γ {value}"
+        said = f"{name_of_it}, {value:g}" if name_of_it != ENERGY else "fine-tuning" if value == 0 else f"γ {value}"
         lines.append(
             f"| {Path(model).name} | {size} | {said} | {mean['drift']:.4f} | {mean['fresh_drift']:.4f} | "
             f"{mean['reliability']:.1f} | {mean['generalization']:.1f} | {mean['locality']:.1f} | "
@@ -155,9 +160,9 @@ def _rival(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any
     others = [
         other
         for other in rows
-        if other["mechanism"] == "energy"
+        if other["mechanism"] == ENERGY
         and all(other[name] == row[name] for name in same)
-        and other["drift"] <= row["value"]
+        and other["drift"] <= row["drift"]
     ]
     return max(others, key=lambda other: other["reliability"] + other["generalization"], default=None)
 
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[200])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS))
+    parser.add_argument("--mechanisms", nargs="+", default=[TRUST_REGION], choices=[TRUST_REGION, *KINDS])
     parser.add_argument("--energies", nargs="*", type=float, default=list(ENERGIES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
