@@ -115,6 +115,7 @@ class Budgeted(RuledMatrices):
         budget: ε, nats per token.
         meter: Of drift.
         steps: At most.
+        ratio: Measured over predicted drift, before it is known.
     """
 
     def __init__(
@@ -124,11 +125,12 @@ class Budgeted(RuledMatrices):
         budget: float,
         meter: DriftMeter,
         steps: int,
+        ratio: float = RATIO,
     ) -> None:
         super().__init__(matrices, rules)
         self.priced, self.budget, self.meter, self.steps = rules, budget, meter, steps
         self.base = {matrix.name: original for matrix, original in zip(matrices, self._originals, strict=True)}
-        self.ratio = RATIO
+        self.first = self.ratio = ratio
         self.spent: list[Spent] = []
 
     @property
@@ -144,7 +146,7 @@ class Budgeted(RuledMatrices):
     def reset(self) -> None:
         """The rules' parameters, and the ball, as they were."""
         super().reset()
-        self.ratio, self.spent = RATIO, []
+        self.ratio, self.spent = self.first, []
 
     def predicted(self) -> float:
         """½ Σ λ Z², nats per token."""
@@ -160,6 +162,12 @@ class Budgeted(RuledMatrices):
     def _scale(self, factor: Tensor | float) -> None:
         for parameter in self.parameters:
             parameter.mul_(factor.to(parameter.device) if isinstance(factor, Tensor) else factor)
+
+    def go_to(self, parameters: Sequence[Tensor]) -> None:
+        """Gives the rules other parameters, and the model what they stand for."""
+        for parameter, other in zip(self.parameters, parameters, strict=True):
+            parameter.copy_(other)
+        super().apply()
 
     def after_epoch(self, low: bool) -> bool:
         """Measures, and learns how far off the prediction is.
@@ -181,7 +189,7 @@ class Budgeted(RuledMatrices):
 
         Returns:
             For the record: ``course`` (the fields of :class:`Spent` by epoch), ``taken_back`` (the share of the
-            change), and ``predicted`` and ``ratio`` (measured over predicted drift) at the end.
+            change), and ``drift``, ``predicted`` drift and their ``ratio`` at the end.
         """
         drift, kept = self.meter.measure(self.base)[0], 1.0
         for _ in range(TRIES):
@@ -194,6 +202,7 @@ class Budgeted(RuledMatrices):
             drift = self.meter.measure(self.base)[0]
         predicted = self.predicted()
         return {
+            "drift": drift,
             "course": [asdict(one) for one in self.spent],
             "taken_back": 1 - kept,
             "predicted": predicted,

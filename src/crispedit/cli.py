@@ -220,6 +220,10 @@ def edit(
         str | None,
         typer.Option(help="The most drift, in nats per token or as a share of the base's loss (1%); in place of γ."),
     ] = None,
+    frontier: Annotated[
+        int | None, typer.Option(help="Edit within so many budgets, each half of the next, and show what they buy.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the frontier: .png, .svg or .pdf.")] = None,
     lr: Annotated[str | None, typer.Option(help="Adam's learning rate, or auto (the default).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the edits, at most; 25 by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Edits per step, at most; 32 by default.")] = None,
@@ -252,6 +256,7 @@ def edit(
     named = {
         "energy": energy,
         "budget": budget,
+        "frontier": frontier,
         "lr": None if lr is None else _rate(lr),
         "epochs": epochs,
         "batch_size": batch_size,
@@ -287,6 +292,12 @@ def edit(
     check_writable(out, overwrite=overwrite)
     if save == "model":
         check_room(job.model, out)
+    if plot is not None:
+        from .plot import check_plot
+
+        if job.settings.get("frontier", 1) == 1:
+            raise ConfigError("--plot draws a frontier: give --frontier N")
+        check_plot(plot)
     with bars() as progress:
         options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         result = job.run(**options, shard=shard, progress=progress)  # type: ignore[arg-type]  # of several types
@@ -295,6 +306,11 @@ def edit(
     from .console import print_proof
 
     print_proof(result)
+    if plot is not None:
+        from .frontier import draw_frontier
+
+        draw_frontier(result.metrics["frontier"], plot)
+        stdout.print(f"the picture is {plot}", soft_wrap=True)
     stdout.print(f"the edited model is in {out}" if save == "model" else f"the change is in {out}", soft_wrap=True)
     write_json_file(json, {"out": str(out), **result.record()})
 

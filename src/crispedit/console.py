@@ -504,6 +504,8 @@ def print_proof(result: "EditResult") -> None:
             for c in result.changes
         ],
     )
+    if "frontier" in metrics:
+        print_frontier(metrics["frontier"])
     if "budget" in metrics:
         print_certificate(metrics["budget"])
     rounding, seconds = metrics["rounding"], metrics["seconds"]
@@ -522,7 +524,9 @@ def print_proof(result: "EditResult") -> None:
         said.append(f"price {settings['price']:g} at energy {settings['energy']:g}")
     elif "energy" in settings:
         said.append(f"energy {settings['energy']}")
-    if rates:
+    if rates and settings.get("budget") is not None:
+        said.append(f"{len(rates)} epochs")
+    elif rates:
         falling = f" falling to {rates[-1]:.1e}" if rates[-1] < rates[0] else ""
         up_to = f" (tried up to {max(tried):.1e})" if len(tried) > 1 else ""
         said += [f"learning rate {rates[0]:.1e}{falling}{up_to}", f"{len(rates)} epochs"]
@@ -532,6 +536,20 @@ def print_proof(result: "EditResult") -> None:
     out.print(f"{settings['editor']}: {', '.join(said)}", soft_wrap=True)
     if training["forward"]:
         out.print(_steps(training["forward"]), soft_wrap=True)
+
+
+def print_frontier(found: dict[str, Any]) -> None:
+    """What every budget bought, and where more of it begins to buy little."""
+
+    def row(name: str, point: dict[str, Any]) -> list[str]:
+        scores = (percent(point[name]) for name in ("reliability", "generalization", "locality"))
+        return [name, number(point["drift"]), *scores]
+
+    rows = [row(f"budget {point['budget']:.2g}", point) for point in found["points"]]
+    rows.append(row("plain fine-tuning", found["fine_tuning"]))
+    header = ("", "drift", "reliability", "generalization", "locality")
+    print_table("What a damage budget buys; asked of the edits of the proof, in %", header, rows)
+    out.print(f"beyond a budget of {found['knee']:.2g} more drift buys little (the knee)", soft_wrap=True)
 
 
 def print_certificate(found: dict[str, Any]) -> None:

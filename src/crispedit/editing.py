@@ -294,6 +294,13 @@ def _edit_and_prove(
     def answers(drafts: Sequence[Sequence[Ids]]) -> list[Answer]:
         return ask(model, prompter, asked, "no_context", drafts=drafts, progress=progress)
 
+    def ask_again(done: Round) -> None:
+        if config.asks_after_rounds():
+            drafts = [[*draft, answer.ids] for draft, answer in zip(expected, before, strict=True)]
+            texts = [answer.text for answer in answers(drafts)]
+            done.details.update(score(asked, texts, base=[answer.text for answer in before]))
+        after_round(done)
+
     shown = spread(problem.rows, PROOF_EDITS)
 
     def loss() -> float:
@@ -310,7 +317,7 @@ def _edit_and_prove(
             loss_before = loss()
             if held_out:
                 problem.drift = DriftMeter(model, matrices, held_out.batches)
-            rounds, seconds = _run(module.edit(problem, config), matrices, after_round)
+            rounds, seconds = _run(module.edit(problem, config), matrices, ask_again)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()
             notes = check_edited(change, loss_before, loss_after, must_fall=config.lowers_loss)

@@ -21,7 +21,7 @@ from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
 from .editing import EditResult, check_subjects
 from .editing import edit as edit_model
 from .editors import configured
-from .editors._gradient import RuledConfig
+from .editors._gradient import GradientConfig, RuledConfig
 from .editors._meta import lessons, train_in_directory
 from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
@@ -36,6 +36,7 @@ from .evaluation import (
     measure_both,
     needs_base_answers,
 )
+from .frontier import frontier, put_back
 from .generation import BATCH_TOKENS
 from .halves import token_halves
 from .harness_job import HarnessJob
@@ -279,22 +280,26 @@ class EditJob:
         Prompter.of(model, tokenizer, chat=self.chat, eos=config.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]
         if found is None and config.needs_curvature():
             found, _ = self._cached_curvature(model, tokenizer, config.matrices(model, layers), texts, progress)
-        result = edit_model(
-            model,
-            tokenizer,
-            edit_set,
-            curvature=found,
-            texts=texts if self.curvature is None else None,
-            editor=self.editor,
-            layers=layers,
-            seed=self.seed,
-            chat=self.chat,  # type: ignore[arg-type]  # checked by Prompter, with a better message
-            train_edits=train_edits,
-            stored_dtype=loaded.stored_dtype,
-            model_name=self.model,
-            progress=progress,
-            **self.settings,
-        )
+        options: dict[str, Any] = {
+            "curvature": found,
+            "texts": texts if self.curvature is None else None,
+            "layers": layers,
+            "seed": self.seed,
+            "chat": self.chat,  # checked by Prompter, with a better message
+            "train_edits": train_edits,
+            "stored_dtype": loaded.stored_dtype,
+            "model_name": self.model,
+            "progress": progress,
+        }
+        reference = None
+        if config.asks_after_rounds():
+            # what plain fine-tuning comes to is a point beside a frontier's
+            alike = {name: value for name, value in self.settings.items() if name in GradientConfig.model_fields}
+            with put_back(config.matrices(model, layers)):
+                reference = edit_model(model, tokenizer, edit_set, **options, editor="ft", **alike).metrics
+        result = edit_model(model, tokenizer, edit_set, **options, editor=self.editor, **self.settings)
+        if reference is not None:
+            result.metrics["frontier"] = frontier(result.metrics["rounds"], reference)
         result.provenance["job"] = {
             "edits": self.edits,
             "limit": self.limit,

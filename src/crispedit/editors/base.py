@@ -99,6 +99,10 @@ class EditorConfig(BaseModel):
         """Whether these settings need other edits to learn from."""
         return False
 
+    def asks_after_rounds(self) -> bool:
+        """Whether the proof's questions are asked after every round too; the scores go into the round's details."""
+        return False
+
     def subspace(self, curvature: Curvature, name: str) -> Subspace | None:
         """What the change of a matrix has to stay in, for the proof.
 

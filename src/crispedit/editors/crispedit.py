@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..budget import DAMPING, STEP, Budget, Budgeted
+from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted
 from ..curvature import Constraint, Curvature
 from ..errors import ConfigError
 from ..models import EditMatrix
@@ -76,9 +76,12 @@ class Config(SubspaceConfig):
     Args:
         budget: The most drift on the held-out texts, in nats per token or as a percentage of the base model's loss on
             them (``1%``), in place of ``energy``; see :mod:`crispedit.budget`.
+        frontier: How many budgets are edited within, one after the other, from ``budget`` down, each half of the one
+            before; what was learned there is where the next begins. What is kept is the first.
     """
 
     budget: float | str | None = None
+    frontier: Annotated[int, Field(ge=1, le=20)] = 1
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -88,7 +91,13 @@ class Config(SubspaceConfig):
             others = any(getattr(self, name) != fields[name].default for name in ("energy", "constraint", "lr"))
             if others or self.update not in ("auto", "priced"):
                 raise ConfigError("budget takes the place of energy, constraint, update and lr: give one or the other")
+        elif self.frontier > 1:
+            raise ConfigError("a frontier is of budgets: give --budget, the largest of them")
         return self
+
+    def asks_after_rounds(self) -> bool:
+        """Where a frontier is wanted."""
+        return self.frontier > 1
 
     def subspace(self, curvature: Curvature, name: str) -> Subspace | None:
         """The low-curvature subspace; none is kept to where every direction has its price."""
@@ -113,7 +122,7 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
         ConfigError: ``energy`` is above 0 and the problem has no curvature.
     """
     if config.budget is not None:
-        yield _within_budget(problem, config)
+        yield from _within_budgets(problem, config)
         return
     if config.energy == 0:
         rules = unconstrained(problem)
@@ -125,8 +134,8 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     yield Round(num_edits=len(every), trace=train_rules(problem, config, rules, every))
 
 
-def _within_budget(problem: EditProblem, config: Config) -> Round:
-    """One round that spends at most the budget."""
+def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
+    """A round per budget, the largest first; it spends at most that much."""
     assert config.budget is not None
     assert problem.curvature is not None
     if problem.drift is None:
@@ -135,9 +144,21 @@ def _within_budget(problem: EditProblem, config: Config) -> Round:
     every = range(len(problem.edits))
     steps = config.epochs * -(-len(every) // rows_per_step(len(every), config.batch_size))
     budget, originals = Budget.parse(config.budget), {matrix.name: matrix.weight.clone() for matrix in problem.matrices}
-    nats = budget.nats(problem.drift.measure(originals)[1])
-    with rotated(problem.matrices, [rule.frame for rule in rules]):
-        trainee = Budgeted(problem.matrices, rules, nats, problem.drift, steps)
-        trace = train_in(problem, config, trainee, every, lr=STEP)
-        found = trainee.keep_within()
-    return Round(num_edits=len(every), trace=trace, budget={"said": str(budget), "budget": nats, **found})
+    most = budget.nats(problem.drift.measure(originals)[1])
+    ratio, largest = RATIO, [rule.parameter for rule in rules]
+    for halvings in range(config.frontier):
+        nats = most / 2**halvings
+        with rotated(problem.matrices, [rule.frame for rule in rules]):
+            trainee = Budgeted(problem.matrices, rules, nats, problem.drift, steps, ratio)
+            trace = train_in(problem, config, trainee, every, lr=STEP)
+            found = trainee.keep_within()
+        ratio = trainee.ratio
+        if halvings == 0:
+            largest = [parameter.clone() for parameter in trainee.parameters]
+            certified = {"said": str(budget), "budget": nats, **found}
+        yield Round(
+            num_edits=len(every), trace=trace, details={"budget": nats, "drift": found["drift"]}, budget=certified
+        )
+    if config.frontier > 1:  # what is kept is the edit within the whole budget
+        with rotated(problem.matrices, [rule.frame for rule in rules]):
+            Budgeted(problem.matrices, rules, most, problem.drift, steps).go_to(largest)
