@@ -1,7 +1,8 @@
 """Budgets against thresholds: what an edit gets for the drift that it may cause.
 
     python benchmarks/budget.py --out out/budget.jsonl --json budget.json
-    python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4 --model DIR
+    python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4
+    python benchmarks/budget.py --out out/budget.jsonl --model DIR --edits bundled:train
     python benchmarks/budget.py --out out/budget.jsonl --mechanisms "trust region" priced mask filter "adam in the ball"
     python benchmarks/budget.py --table out/budget.jsonl
 
@@ -24,7 +25,7 @@ import runs
 from mechanisms import KINDS, TRUST_REGION, mechanism
 
 from crispedit.artifacts import write_json
-from crispedit.bundled import corpus
+from crispedit.bundled import corpus, world
 from crispedit.capability import bundled_tasks, logits_of, measure_drift
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
@@ -53,8 +54,9 @@ class Bench:
     """
 
     def __init__(self, model: str, edits: str) -> None:
-        self.model, self.edits = model, list(read_edits(edits))
-        self.base = load_model(model)
+        self.model, self.base = model, load_model(model)
+        world.SEED = self.base.model.config.crispedit_world  # before anything is drawn from it
+        self.edits = list(read_edits(edits))
         texts = capability_texts("bundled", None, None, 0)
         assert texts is not None
         self.texts = texts

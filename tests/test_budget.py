@@ -423,7 +423,8 @@ def test_evaluate_checks_the_certificate_again(tmp_path, monkeypatch, capsys):
     assert "times too little" in said
     record = json.loads((tmp_path / "edited" / "crispedit.json").read_text())
     evaluate = ["evaluate", "edited", "bundled:eval", "--limit", "10", "--base", "bundled"]
-    assert cli._run([*evaluate, "--json", "found.json"]) == 0
+    assert cli._run([*evaluate, "--json", "found.json", "--report", "found.md"]) == 0
+    assert "Damage budget: Met: drift of 0.0" in (tmp_path / "found.md").read_text()
     found = json.loads((tmp_path / "found.json").read_text())["capability"]["budget"]
     assert found["met"]
     assert found["budget"] == record["metrics"]["budget"]["budget"]

@@ -22,7 +22,7 @@ from .paired import measure_rows
 from .progress import Progress, no_progress
 from .report_curvature import curvature_data, last_name
 from .report_definitions import definitions
-from .report_verdict import Held, caveats, sentence
+from .report_verdict import Held, caveats, certificate, sentence
 from .statistics import LEVEL, POWER, RESAMPLES
 from .wild import Question, questions
 
@@ -70,6 +70,7 @@ def report_data(
             "sentence": sentence(held, by_name, has_base=has_base),
             "caveats": caveats(held, by_name, base=base, unjudged=_unjudged(found), run=run),
             "held": asdict(held),
+            "certificate": certificate(found.budget()),
         },
         "measures": list(rows),
         "edits": _edits(found),

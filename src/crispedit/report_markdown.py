@@ -20,13 +20,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     Returns:
         Markdown, in which every text of the edits and answers is escaped.
     """
-    edits, base = report["edit_set"], report["base"]
+    edits, base, certificate = report["edit_set"], report["base"], report["verdict"]["certificate"]
     compared = f" (base: {escaped(base)})" if base else ""
     lines = [
         f"# {escaped(report['model'])}: what the edit did",
         "",
         f"**{escaped(report['verdict']['sentence'])}**",
         "",
+        *([f"Damage budget: {escaped(certificate)}", ""] if certificate else []),
         *(f"- {escaped(caveat)}" for caveat in report["verdict"]["caveats"]),
         *([""] if report["verdict"]["caveats"] else []),
         f"{edits['count']} edits from {escaped(edits['source'])}{compared}; "

@@ -123,6 +123,25 @@ def _between(difference: Difference, digits: int) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
+def certificate(budget: Mapping[str, Any] | None) -> str | None:
+    """What is left of a damage budget, as it is measured now.
+
+    Args:
+        budget: What :meth:`crispedit.jobs.Evaluated.budget` says; ``None`` without one.
+
+    Returns:
+        A sentence, or ``None``.
+    """
+    if budget is None:
+        return None
+    texts = f"{budget['texts']} {'held-out' if budget['same_texts'] else 'other'} texts"
+    interval = f"{budget['low']:.4f} to {budget['high']:.4f}"
+    return (
+        f"{'Met' if budget['met'] else 'Not met'}: drift of {budget['drift']:.4f} nats per token ({interval}) on "
+        f"{texts}, of {budget['budget']:.4f} that were allowed; when it was edited, {budget['recorded']['drift']:.4f}."
+    )
+
+
 def caveats(
     held: Held,
     measures: Mapping[str, Mapping[str, Any]],
