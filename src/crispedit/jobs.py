@@ -56,7 +56,7 @@ from .models import (
     parse_layers,
     tokenizer_hash,
 )
-from .planning import Plan, Settings, Workload, fit_memory, kind_that_fits, parse_memory, plan_edit
+from .planning import Plan, fit_memory, kind_that_fits, parse_memory, plan_edit
 from .precision import float32_masters, mixed_precision
 from .progress import Progress, log, no_progress
 from .proof import PROOF_EDITS, spread
@@ -65,6 +65,7 @@ from .sharding import check_shard, shard_model
 from .speed import measure_speed
 from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
 from .wild import questions
+from .workload import Settings, Workload
 
 BUNDLED_EDITS = "bundled:"
 
