@@ -20,9 +20,10 @@ LAYERS = (
     "subspace completion rotation updates adam factors description halves curvature history cache rows forward costs "
     "speed replay precision training natural generation capability drift_meter budget editors judge grading llm_judge "
     "wild teacher_forced live benchmarks untouched harness_tasks harness harness_job tasks checkpoint adapter proof "
-    "certificate editing evaluation world assumed workload stages planning session jobs session_evaluation demo plot "
-    "session_plot tradeoff scatter experiments comparing paired report_definitions report_verdict report_curvature "
-    "report report_markdown report_html console options evaluate_cli lenet_cli patch_cli session_cli cli"
+    "certificate editing evaluation processes assumed workload stages planning methods typical session jobs plan_job "
+    "session_evaluation demo plot session_plot tradeoff scatter experiments comparing paired report_definitions "
+    "report_verdict report_curvature report report_markdown report_html console options evaluate_cli lenet_cli "
+    "patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

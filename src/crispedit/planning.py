@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from .costs import Shape, StepFlops, weight_bytes
+from .costs import Shape, StepFlops
 from .errors import ConfigError
 from .factors import choose_kind
 from .models import edit_matrices
 from .moments import Kind
+from .processes import Processes
 from .speed import Speed
 from .stages import Planner, Stage
 from .workload import Settings, Workload, dtype_name
-from .world import World
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -69,30 +69,66 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What one way to edit takes; see :mod:`crispedit.methods`.
+
+    Args:
+        name: Of the method.
+        updates: The rules of its matrices, each once.
+        stages: In order.
+        fits: By device, whether it does.
+    """
+
+    name: str
+    updates: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    fits: dict[str, bool]
+
+    @property
+    def peak(self) -> Stage:
+        """The stage that takes the most memory."""
+        return max(self.stages, key=lambda stage: stage.num_bytes)
+
+    def record(self) -> dict[str, Any]:
+        """The method, JSON-ready."""
+        return {
+            "updates": self.updates,
+            "stages": {stage.name: stage.record() for stage in self.stages},
+            "peak_bytes": self.peak.num_bytes,
+            "peak_stage": self.peak.name,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What an edit will take.
 
     Args:
         settings: It is planned with.
-        world: The processes of the run: numbers are those of one of them, unless they say otherwise.
+        processes: The processes of the run: numbers are those of one of them, unless they say otherwise.
         matrices: What is edited: names and (d_out, d_in).
+        updates: The rules of these, each once.
         stages: In order.
         disk: Bytes by file, temporary ones included.
         step: Flops of one edit step of mean length.
         steps: How many there are at most.
         notes: What the numbers rest on.
         fit: Whether a memory is enough.
+        compared: Other ways to edit, where devices are named.
     """
 
     settings: Settings
-    world: World
+    processes: Processes
     matrices: tuple[tuple[str, Shape], ...]
+    updates: tuple[str, ...]
     stages: tuple[Stage, ...]
     disk: dict[str, int]
     step: StepFlops
     steps: int
     notes: list[str] = field(default_factory=list)
     fit: Fit | None = None
+    compared: tuple[Compared, ...] = ()
 
     @property
     def peak(self) -> Stage:
@@ -112,9 +148,9 @@ class Plan:
         return {
             "settings": settings,
             "matrices": {name: {"d_out": d_out, "d_in": d_in} for name, (d_out, d_in) in self.matrices},
-            "method": asdict(self.settings.method),
-            "processes": self.world.size,
-            "shard": self.world.shard,
+            "method": {**asdict(self.settings.method), "updates": self.updates},
+            "processes": self.processes.size,
+            "shard": self.processes.shard,
             "stages": {stage.name: stage.record() for stage in self.stages},
             "peak_bytes": self.peak.num_bytes,
             "seconds": self.seconds,
@@ -122,6 +158,7 @@ class Plan:
             "step_flops": {**asdict(self.step), "total": self.step.total},
             "steps": self.steps,
             "notes": self.notes,
+            "methods": {one.name: one.record() for one in self.compared} or None,
             "fit": None if self.fit is None else {**asdict(self.fit), "possible": self.fit.possible},
         }
 
@@ -142,8 +179,9 @@ def plan_edit(work: Workload, settings: Settings, memory: int, speed: Speed | No
     planner = Planner(work, settings, memory, speed)
     return Plan(
         settings=replace(settings, mapped=planner.mapped),
-        world=work.world,
+        processes=work.processes,
         matrices=tuple((matrix.name, matrix.shape) for matrix in planner.matrices),
+        updates=tuple(dict.fromkeys(choice.update for choice in planner.choices)),
         stages=planner.stages(),
         disk=planner.disk(),
         step=planner.step,
@@ -153,8 +191,10 @@ def plan_edit(work: Workload, settings: Settings, memory: int, speed: Speed | No
 
 def kind_that_fits(work: Workload, layers: Sequence[int], dtype: torch.dtype, memory: int) -> Kind:
     """The kind of factors that ``crispedit edit`` would choose by itself in a memory."""
-    shapes = [matrix.shape for matrix in edit_matrices(work.model, layers)]
-    return choose_kind(shapes, max(0, memory - work.base_bytes - weight_bytes(work.model, dtype)))
+    matrices = edit_matrices(work.model, layers)
+    shapes = [matrix.shape for matrix in matrices]
+    held = work.processes.weight_bytes(work.model, matrices, dtype)
+    return choose_kind(shapes, max(0, memory - work.base_bytes - held))
 
 
 def fit_memory(work: Workload, settings: Settings, memory: int) -> Fit:

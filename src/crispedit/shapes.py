@@ -1,8 +1,8 @@
 """Shapes of some public models, so that an edit of them can be planned where there is nothing to load.
 
 Numbers are those of the ``config.json`` that their authors publish (Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B,
-meta-llama/Meta-Llama-3-8B, meta-llama/Meta-Llama-3-70B, meta-llama/Llama-3.1-405B on huggingface.co; The Llama 3 Herd of
-Models, arXiv 2407.21783, Table 3; Qwen2.5 Technical Report, arXiv 2412.15115, Table 1). Weights are bfloat16.
+meta-llama/Meta-Llama-3-8B, meta-llama/Meta-Llama-3-70B, meta-llama/Llama-3.1-405B on huggingface.co; The Llama 3 Herd
+of Models, arXiv 2407.21783, Table 3; Qwen2.5 Technical Report, arXiv 2412.15115, Table 1). Weights are bfloat16.
 """
 
 from typing import Any

@@ -109,16 +109,16 @@ class Planner:
         ]
         self.factors = factor_bytes(self.shapes, settings.kind)
         self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
-        self.world = work.world
-        self.held = work.base_bytes + self.world.weight_bytes(work.model, self.matrices, settings.dtype)
-        self.held += self.world.gathered_bytes(work.model, self.matrices, settings.dtype)
+        self.processes = work.processes
+        self.held = work.base_bytes + self.processes.weight_bytes(work.model, self.matrices, settings.dtype)
+        self.held += self.processes.gathered_bytes(work.model, self.matrices, settings.dtype)
         recorded = sum(size.tokens for size in work.recording())
         self.recorded = recorded_bytes(work.model, self.matrices, recorded, settings.dtype)
         # what stands when there is something to record: beside what is held, parameter and its start
         self.begun = self.held + self.factors + self.spectra + self._edited + self._rules + 4 * 2 * self.entries
         self.mapped = settings.mapped or self.recorded > MEMORY_SHARE * max(0, memory - self.begun)
         self.batch = rows_per_step(len(work.rows), settings.batch_size)
-        self.sizes = work.steps(self.world.part(self.batch))
+        self.sizes = work.steps(self.processes.part(self.batch))
         self.steps = -(-len(work.rows) // self.batch) * work.epochs
         self.step = self._step()
 
@@ -141,9 +141,9 @@ class Planner:
         passing = self._passing()
         described = 3 * factor_bytes([widest], "sketch" if self._sketched(max(widest)) else "dense")
         merging = 3 * one + described + self._eigh_bytes()
-        mine = [batch for half in work.halves for batch in self.world.busiest(half)]
-        described_by = self.world.owned(self.shapes, [sum(size**3 for size in shape) for shape in self.shapes])
-        if self.world.size > 1:  # both halves of all that a process describes wait until the others have theirs
+        mine = [batch for half in work.halves for batch in self.processes.busiest(half)]
+        described_by = self.processes.owned(self.shapes, [sum(size**3 for size in shape) for shape in self.shapes])
+        if self.processes.size > 1:  # both halves of all that a process describes wait until the others have theirs
             merging += 2 * max(factor_bytes(shapes, kind) for shapes in described_by)
         flops = texts_flops(work.model, self.matrices, [n for batch in mine for n in batch], kind=kind)
         eigh, products = max((self._describing(shapes) for shapes in described_by), key=_described_flops)
@@ -200,7 +200,7 @@ class Planner:
         """The spectra that the subspaces take, matrix by matrix."""
         choices, dense = self.choices, self.settings.kind == "dense"
         working = max(choice.working_bytes for choice in choices)
-        parts = self.world.owned(choices, [sum(size**3 for size in shape) for shape in self.shapes])
+        parts = self.processes.owned(choices, [sum(size**3 for size in shape) for shape in self.shapes])
         mine = max(parts, key=lambda part: sum(choice.total_flops for choice in part))
         cubes, products = sum(choice.cubes for choice in mine), sum(choice.flops for choice in mine)
         seconds = None
@@ -251,12 +251,13 @@ class Planner:
         alike_everywhere = recording_flops(work.model, self.matrices, work.recording()) + self.steps * self.step.update
         passes = self.steps * (self.step.forward + self.step.backward)
         flops = alike_everywhere + passes + (metering.flops if metering else 0)
-        of_all = self.world.size * alike_everywhere + passes * self.batch // self.world.part(self.batch)
-        of_all += self.world.asking * metering.flops if metering else 0
+        of_all = self.processes.size * alike_everywhere + passes * self.batch // self.processes.part(self.batch)
+        of_all += self.processes.asking * metering.flops if metering else 0
         seconds = None
         if self.speed is not None:
             below = len(self.blocks) - self.above
-            seconds = sum(below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
+            recorded = (below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
+            seconds = sum(recorded, 0.0)
             seconds += self.steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
             seconds += metering.seconds if metering else 0.0
         return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all)
@@ -268,11 +269,12 @@ class Planner:
         base model says is kept as far as there is room for it, the texts' before the sample's.
         """
         work, itemsize = self.work, self.settings.dtype.itemsize
-        texts = self.world.busiest(work.held_out, self.world.asking) if work.held_out else []
+        texts = self.processes.busiest(work.held_out, self.processes.asking) if work.held_out else []
         rows = [length for batch in work.held_out for length in batch]
-        sample = rows[:: max(1, len(rows) // SAMPLE)][:: self.world.asking]
+        sample = rows[:: max(1, len(rows) // SAMPLE)][:: self.processes.asking]
         epochs, room = work.epochs, KEPT // (vocabulary(work.model) * itemsize)
-        passes, kept = [], 0
+        passes: list[tuple[Sequence[int], float]] = []
+        kept = 0
         for lengths, times in (([n for batch in texts for n in batch], 2 + -(-epochs // WHOLE)), (sample, epochs)):
             tokens = sum(lengths)
             known = min(tokens, room - kept)
@@ -280,13 +282,12 @@ class Planner:
             again = 1 if not tokens else (known + (tokens - known) * times) / tokens  # passes of the base model
             passes.append((lengths, times + again))
         largest = max((max(batch) * len(batch) for batch in work.held_out), default=0)
-        flops = sum(texts_flops(work.model, self.matrices, lengths).total * times for lengths, times in passes)
+        flops = sum(texts_flops(work.model, self.matrices, some).total * count for some, count in passes)
         seconds = 0.0
         if self.speed is not None:
-            for lengths, times in passes:
-                together = sum(self._pass_seconds(batch) for batch in _in_batches(lengths))
-                compared = sum(lengths) * vocabulary(work.model) * self.speed.logit
-                seconds += times * together + (times - 1) * compared
+            for some, count in passes:
+                together = sum(map(self._pass_seconds, _in_batches(some)))
+                seconds += count * together + sum(some) * (count - 1) * vocabulary(work.model) * self.speed.logit
         return _Metering(
             kept_bytes=kept * vocabulary(work.model) * itemsize,
             working_bytes=4 * self.entries + largest * 4 * LOGIT_COPIES * vocabulary(work.model),
@@ -327,19 +328,18 @@ class Planner:
         shown = [len(row.ids) for row in work.proof_rows]
         reading = [shown[i : i + 8] for i in range(0, len(shown), 8)]
         drafts = _in_batches([length + MAX_NEW_TOKENS for group in work.prompts for length in group])
-        asked, read, drafted_, texts = (
-            self.world.busiest(batches, self.world.asking) for batches in (work.prompts, reading, drafts, work.held_out)
-        )
+        shared = (work.prompts, reading, drafts, work.held_out)
+        asked, read, later_drafts, texts = (self.processes.busiest(some, self.processes.asking) for some in shared)
         seconds = self._answer_seconds(asked)
         if seconds is not None and self.speed is not None:
             others = 2 * sum(self._pass_seconds(batch) for batch in (*texts, *read))
-            others += later * sum(map(self._pass_seconds, drafted_))
+            others += later * sum(map(self._pass_seconds, later_drafts))
             outside_flops = sum(choice.subspace.flops for choice in self.choices)
             compared = sum(map(sum, texts)) * vocabulary(work.model) * self.speed.logit  # two losses, a divergence
             seconds = (1 + UNDECIDED) * seconds + others + outside_flops / self.speed.float64 + compared
-        flops = self._proof_flops(asked, [*texts, *read], later, drafted_)
+        flops = self._proof_flops(asked, [*texts, *read], later, later_drafts)
         of_all = self._proof_flops(work.prompts, [*work.held_out, *reading], later, drafts)
-        of_all *= self.world.size // self.world.asking
+        of_all *= self.processes.size // self.processes.asking
         return self._stage("proof", held + self._after(transient), flops, seconds, of_all)
 
     def _proof_flops(
@@ -375,7 +375,7 @@ class Planner:
         if self.settings.save == "delta":
             written = work.stored_dtype.itemsize * self.entries
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
-        if self.world.shard:
+        if self.processes.shard:
             whole = self.weights if work.on_cpu else 0
             return self._stage("save", num_bytes + self._after(0) + whole, 0, self.stored / WRITE_RATE)
         # rounded to another dtype the weights are copied once to be written, and again to be asked

@@ -12,11 +12,11 @@ from .checkpoint import Form
 from .description import ENERGY
 from .forward import BatchSize, batch_size, pair_cost
 from .moments import Kind
+from .processes import ALONE, Processes
 from .proof import spread
 from .replay import recorded_together, within_windows
 from .rows import EditRow
 from .training import batches
-from .world import ALONE, World
 
 SAMPLED = 64
 """Of the batches of an epoch so many are put together as the edit will, to count their tokens."""
@@ -83,7 +83,7 @@ class Workload:
         mixed: Whether steps compute in bfloat16 around float32 weights.
         base_bytes: What the process takes before it loads a weight; 0 where that is not the device's memory.
         base_seconds: What it takes to start it.
-        world: The processes of the run.
+        processes: The processes of the run.
     """
 
     model: Any
@@ -101,7 +101,7 @@ class Workload:
     mixed: bool = False
     base_bytes: int = 0
     base_seconds: float = 0.0
-    world: World = ALONE
+    processes: Processes = ALONE
     _sizes: dict[int, list[BatchSize]] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -20,7 +20,7 @@ GATHERED = 2
 
 
 @dataclass(frozen=True)
-class World:
+class Processes:
     """The processes of a run.
 
     Args:
@@ -106,7 +106,7 @@ class World:
         return (_numbers(rest) + sum(largest)) * dtype.itemsize
 
 
-ALONE = World()
+ALONE = Processes()
 """One process with all of the model."""
 
 
