@@ -115,6 +115,15 @@ def test_a_shard_takes_less_memory_and_asks_everywhere():
     assert parts["save"].flops == 0  # it is not asked
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_drift_is_measured_by_all_processes(shard):
+    """Each a part of it, or, where each has a part of the model, all of it."""
+    budget, priced = (of(2, shard, method=Method(update="priced", budget=within))["edit"] for within in (True, False))
+    alone = of(1, method=Method(budget=True))["edit"].flops - of(1, method=Method(update="priced"))["edit"].flops
+    assert budget.flops_of_all - priced.flops_of_all == 2 * (budget.flops - priced.flops)
+    assert (budget.flops - priced.flops) / alone == pytest.approx(1 if shard else 0.5)
+
+
 def test_measuring_drift_costs_what_torch_counts():
     """All texts first, after epochs 1 and 9, and last; a sample after each. The base model runs once: it is kept."""
     model = tiny_model("llama").requires_grad_(False)

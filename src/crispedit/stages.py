@@ -252,7 +252,7 @@ class Planner:
         passes = self.steps * (self.step.forward + self.step.backward)
         flops = alike_everywhere + passes + (metering.flops if metering else 0)
         of_all = self.processes.size * alike_everywhere + passes * self.batch // self.processes.part(self.batch)
-        of_all += self.processes.asking * metering.flops if metering else 0
+        of_all += self.processes.size * metering.flops if metering else 0
         seconds = None
         if self.speed is not None:
             below = len(self.blocks) - self.above
