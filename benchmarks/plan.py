@@ -143,7 +143,8 @@ def run(case: dict[str, Any], build: Callable[[str, Path], None] = build) -> dic
             [sys.executable, "-m", "crispedit", "plan", *shared], env=environment, check=True, stdout=subprocess.PIPE
         )
         plan = json.loads((work / "found.json").read_text())
-        command = ["edit", *shared, "--out", str(work / "edited"), "--lr", "1e-4"]
+        rate = [] if "--budget" in case["options"] else ["--lr", "1e-4"]  # a budget finds its own
+        command = ["edit", *shared, "--out", str(work / "edited"), *rate]
         said = subprocess.run(
             [sys.executable, __file__, "--child", *command], env=environment, check=True, stdout=subprocess.PIPE
         ).stdout
