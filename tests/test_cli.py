@@ -253,7 +253,7 @@ def test_a_plan_within_a_budget(no_weights):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("Llama-3-8B", "edits.json"), "is a shape without a tokenizer"),
+        (("Llama-3-8B", "edits.json"), "has no tokenizer, in whose tokens edits are counted"),
         (("Llama-3-8B", "--texts", "texts.txt"), "without EDITS their lengths are assumed"),
         (("Llama-3-8B", "--devices", "24"), "must look like 24GB"),
         (("Llama-3-8B", "--shard"), "give --processes too"),

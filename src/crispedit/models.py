@@ -162,8 +162,8 @@ def load_skeleton(
     source, target = _checked_source(name, dtype), find_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     shape = None if Path(source).exists() else shape_config(name)
-    if shape is not None and tokenizer:
-        raise ModelError(f"'{name}' is a shape without a tokenizer, in whose tokens edits are counted: leave EDITS out")
+    if tokenizer and (shape is not None or _lacks_tokenizer(Path(source))):
+        raise ModelError(f"'{name}' has no tokenizer, in whose tokens edits are counted: leave EDITS out")
     with _explained(name):
         config = _float_config(name, source, options) if shape is None else shape
         stored = _stored_dtype(config)
@@ -173,6 +173,12 @@ def load_skeleton(
             )
         read = transformers.AutoTokenizer.from_pretrained(source, **options) if tokenizer else None
     return LoadedModel(model=model.eval(), tokenizer=read, name=name, stored_dtype=stored)
+
+
+def _lacks_tokenizer(directory: Path) -> bool:
+    """Whether a directory has none of a tokenizer's files, where transformers would make an empty one."""
+    patterns = ("*token*", "vocab*", "*.model")
+    return directory.is_dir() and not any(found for pattern in patterns for found in directory.glob(pattern))
 
 
 def _checked_source(name: str, dtype: str) -> str:

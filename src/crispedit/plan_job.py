@@ -37,7 +37,7 @@ from .processes import Processes
 from .proof import PROOF_EDITS, spread
 from .rows import Prompter
 from .speed import Speed, measure_speed
-from .texts import CapabilityTexts, TokenBatch, text_batches, token_groups
+from .texts import TokenBatch, text_batches, token_groups
 from .typical import EDITS, ROW, TEXT, TEXTS, typical_prompts, typical_rows, typical_texts
 from .wild import questions
 from .workload import Settings, Workload
@@ -87,7 +87,6 @@ class PlanJob:
         self._check()
         layers = parse_layers(self.layers) if self.layers is not None else None
         edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts) if self.edits else None
-        texts = capability_texts(self.model, self.texts, self.samples, 0) if self.edits and not self.curvature else None
         manifest = read_manifest(self.curvature) if self.curvature is not None else None
         if layers is None and manifest is not None:
             layers = tuple(manifest["layers"])
@@ -98,18 +97,12 @@ class PlanJob:
             _check_planned(manifest, matrices)
         target = find_device(device)
         if edit_set is None:
-            work, notes = self._typical(loaded)
+            work, notes = self._typical(loaded, config.epochs)
         else:
-            work, notes = self._workload(loaded, edit_set, texts, manifest), list(edit_set.notes)
-            if texts is None and manifest is None:
-                notes.append("no texts are given: a curvature in the cache is assumed, and drift is left out")
+            work, notes = self._workload(loaded, edit_set, manifest, config.epochs)
         of_process = _gpu(loaded) if devices else _process(loaded, target)
-        work = replace(work, epochs=config.epochs, energy=config.energy, processes=processes, **of_process)
-        memory = given
-        if memory is None and devices:
-            memory = max(devices.values())
-        elif memory is None:  # what the plan itself takes would be the edit's
-            memory = free_memory(target) // processes.size + work.base_bytes
+        work = replace(work, energy=config.energy, processes=processes, **of_process)
+        memory = given or max(devices.values(), default=0) or _free(work, target)
         settings = Settings(
             layers=tuple(matrix.layer for matrix in matrices),
             dtype=loaded.model.dtype,
@@ -149,7 +142,7 @@ class PlanJob:
             return self.factors  # type: ignore[return-value]  # checked
         return kind_that_fits(work, [matrix.layer for matrix in matrices], work.model.dtype, memory)
 
-    def _typical(self, loaded: LoadedModel) -> tuple[Workload, list[str]]:
+    def _typical(self, loaded: LoadedModel, epochs: int) -> tuple[Workload, list[str]]:
         """So many edits and texts of typical lengths, and what is to be said of them."""
         edits = EDITS if self.limit is None else self.limit
         samples = TEXTS if self.samples is None else self.samples
@@ -164,21 +157,29 @@ class PlanJob:
             held_out=_lengths(held_out),
             known=False,
             stored_dtype=loaded.stored_dtype,
-            epochs=0,
+            epochs=epochs,
         )
         return work, [f"no edits are given: {edits:,} of {ROW} tokens and {samples:,} texts of {TEXT} are assumed"]
 
     def _workload(
-        self, loaded: LoadedModel, edit_set: EditSet, texts: CapabilityTexts | None, manifest: dict[str, Any] | None
-    ) -> Workload:
-        """The lengths of all that the edit would put through the model."""
+        self,
+        loaded: LoadedModel,
+        edit_set: EditSet,
+        manifest: dict[str, Any] | None,
+        epochs: int,
+    ) -> tuple[Workload, list[str]]:
+        """The lengths of all that the edit would put through the model, and what is to be said of it."""
         model, tokenizer = loaded.model, loaded.tokenizer
+        texts = capability_texts(self.model, self.texts, self.samples, 0) if manifest is None else None
+        notes = list(edit_set.notes)
+        if texts is None and manifest is None:
+            notes.append("no texts are given: a curvature in the cache is assumed, and drift is left out")
         prompter = Prompter.of(model, tokenizer, chat=self.chat, eos=self.eos)  # type: ignore[arg-type]
         rows = prompter.rows(edit_set, context_length(model))
         asked = {prompter.prompt(question.prompt) for question in questions(spread(tuple(edit_set), PROOF_EDITS))}
         groups = token_groups(sorted(asked, key=len), BATCH_TOKENS)
         held_out = texts.held_out if texts is not None else (manifest or {}).get("held_out", ())
-        return Workload(
+        work = Workload(
             model=model,
             rows=rows,
             prompts=[[len(ids) for ids in group] for group in groups],
@@ -187,12 +188,13 @@ class PlanJob:
             held_out=_lengths(text_batches(model, tokenizer, held_out)) if held_out else [],
             known=texts is None,
             stored_dtype=loaded.stored_dtype,
-            epochs=0,
+            epochs=epochs,
             ranks={
                 name: (about["effective_rank"][0], about["effective_rank"][1])
                 for name, about in (manifest or {}).get("matrices", {}).items()
             },
         )
+        return work, notes
 
 
 def _method(config: Config) -> Method:
@@ -218,6 +220,11 @@ def _process(loaded: LoadedModel, device: torch.device) -> dict[str, Any]:
         "base_bytes": resident_bytes() if on_cpu else 0,
         "base_seconds": time.process_time(),
     }
+
+
+def _free(work: Workload, device: torch.device) -> int:
+    """What one of the processes finds on a device here: what the plan itself takes would be the edit's."""
+    return free_memory(device) // work.processes.size + work.base_bytes
 
 
 def _gpu(loaded: LoadedModel) -> dict[str, Any]:
