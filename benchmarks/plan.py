@@ -119,31 +119,44 @@ def build(size: str, directory: Path) -> None:
         shutil.copy(file, directory)
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Plans one edit and makes it, in two processes."""
+def run(case: dict[str, Any], build: Callable[[str, Path], None] = build) -> dict[str, Any]:
+    """Plans one edit and makes it, in two processes.
+
+    Args:
+        case: ``model``, ``edits`` and ``options`` of both commands.
+        build: Writes the model of a name to a directory, with a tokenizer; not called for the bundled model.
+
+    Returns:
+        The case, with ``plan`` and ``measured``.
+    """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         texts = []
         model = case["model"]
-        if model in SIZES:
-            from crispedit.bundled import corpus
-
+        if model != "bundled":
             build(model, work / "model")
             model = str(work / "model")
-            rows = [json.dumps({"text": text}) for text in corpus.capability_texts()]
-            (work / "texts.jsonl").write_text("\n".join(rows))
-            texts = ["--texts", str(work / "texts.jsonl")]
+            texts = ["--texts", str(write_texts(work / "texts.jsonl"))]
         shared = [model, case["edits"], *texts, *case["options"], "--json", str(work / "found.json")]
         environment = {**os.environ, "CRISPEDIT_CACHE": str(work / "cache")}
         subprocess.run(
             [sys.executable, "-m", "crispedit", "plan", *shared], env=environment, check=True, stdout=subprocess.PIPE
         )
         plan = json.loads((work / "found.json").read_text())
-        command = ["edit", *shared, "--out", str(work / "edited"), "--lr", "1e-4"]
+        rate = [] if "--budget" in case["options"] else ["--lr", "1e-4"]  # a budget finds its own
+        command = ["edit", *shared, "--out", str(work / "edited"), *rate]
         said = subprocess.run(
             [sys.executable, __file__, "--child", *command], env=environment, check=True, stdout=subprocess.PIPE
         ).stdout
     return {**case, "plan": plan, "measured": json.loads(said.splitlines()[-1])}
+
+
+def write_texts(path: Path) -> Path:
+    """Writes the bundled capability texts, which other models know nothing of."""
+    from crispedit.bundled import corpus
+
+    path.write_text("\n".join(json.dumps({"text": text}) for text in corpus.capability_texts()))
+    return path
 
 
 def table(path: Path) -> None:

@@ -210,6 +210,65 @@ def test_a_plan_needs_no_weights(no_weights, capsys):
     assert not (no_weights / "cache").exists()
 
 
+def test_a_plan_of_a_shape_needs_nothing(work, capsys):
+    """Neither a directory nor edits; what one of eight processes takes, and where it would fit."""
+    given = (
+        "Qwen-2.5-1.5B",
+        "--processes",
+        "8",
+        "--shard",
+        "--devices",
+        "24GB,80GB",
+        "--limit",
+        "40",
+        "--samples",
+        "50",
+    )
+    program("plan", *given, "--json", "plan.json")
+    said = capsys.readouterr().out
+    for line in ("down_proj of layers 16, 17, 18, 19, 20, 1536 × 8960 each", "40 of 24 tokens", "one of 8 processes"):
+        assert line in said
+    plan = json.loads((work / "plan.json").read_text())
+    assert (plan["processes"], plan["shard"], plan["seconds"]) == (8, True, None)
+    assert plan["stages"]["proof"]["flops_of_all"] == 8 * plan["stages"]["proof"]["flops"]
+    methods = plan["methods"]
+    assert list(methods) == ["dense", "pivot", "cross", "coordinates", "sketch", "priced", "budget"]
+    assert all(method["fits"]["80GB"] for method in methods.values())
+    assert methods["priced"]["updates"] == methods["budget"]["updates"] == ["priced"]
+    assert methods["cross"]["peak_bytes"] == max(s["bytes"] for s in methods["cross"]["stages"].values())
+
+
+def test_a_plan_within_a_budget(no_weights):
+    given = ("plan", "model", "edits.json", "--texts", "texts.txt", "--json", "plan.json")
+    program(*given)
+    plain = json.loads((no_weights / "plan.json").read_text())
+    program(*given, "--budget", "1%")
+    budget = json.loads((no_weights / "plan.json").read_text())
+    assert plain["methods"] is None
+    assert (plain["method"]["budget"], budget["method"]["budget"]) == (False, True)
+    assert budget["method"]["updates"] == ["priced"]
+    assert budget["stages"]["edit"]["flops"] > plain["stages"]["edit"]["flops"]  # drift is measured
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("Llama-3-8B", "edits.json"), "has no tokenizer, in whose tokens edits are counted"),
+        (("Llama-3-8B", "--texts", "texts.txt"), "without EDITS their lengths are assumed"),
+        (("Llama-3-8B", "--devices", "24"), "must look like 24GB"),
+        (("Llama-3-8B", "--shard"), "give --processes too"),
+        (("Llama-3-8B", "--processes", "0"), "must be 1 or more"),
+        (("Llama-3-8B", "--energy", "0"), "plan counts energies above 0"),
+        (("Llama-3-8B", "--set", "constraint=ekfac"), "plan counts constraint auto, staircase and cross"),
+        (("Llama-3-8B", "--limit", "0"), "must be 1 or more"),
+        (("Llama-3-8B", "--factors", "sketch", "--set", "update=coordinates"), "needs all eigenvectors"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_line(work, capsys, given, said):
+    assert cli._run(["plan", *given]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_plan_says_what_would_fit(no_weights, capsys):
     given = ("model", "edits.json", "--texts", "texts.txt", "--layers", "2-3", "--json", "plan.json")
     program("plan", *given, "--memory", "1MB")

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from crispedit.errors import ConfigError
-from crispedit.planning import Settings, Workload, fit_memory, kind_that_fits, parse_memory, plan_edit
+from crispedit.planning import fit_memory, kind_that_fits, parse_memory, plan_edit
 from crispedit.rows import EditRow
 from crispedit.speed import Speed, measure_speed
+from crispedit.workload import Settings, Workload
 from families import FAMILIES, tiny_model
 
 GB = 10**9

@@ -7,6 +7,7 @@ tensors on the ``meta`` device: they have shapes, and no memory.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
 from .spectrum import Spectrum
-from .subspace import Subspace
+from .subspace import Form, Subspace
 from .threshold import cross_threshold
-from .updates import Update, chosen_update, leading_counts, step_flops
+from .updates import ROTATION, Update, check_update, chosen_update, leading_counts, step_flops
 
 SETTLING, COLUMNS = 128, 2.7
 """Vectors of a basis before the first pair is known, and for every pair: measured on spectra like j^-0.8 to j^-1.2 of
@@ -28,6 +29,47 @@ EXPONENT = 1.0
 """p, where nothing is known."""
 STEEPEST = 4.0
 """The largest p."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How matrices are edited: what an edit's settings say of it, and ``auto`` where they do not.
+
+    Args:
+        constraint: Which directions are left out.
+        update: How a gradient becomes a change of the weights.
+        form: How a projection onto a staircase is evaluated.
+        rotation: What the bases of update ``leading`` may cost; see :func:`crispedit.updates.leading_counts`.
+        budget: Whether drift is kept within one (:mod:`crispedit.budget`).
+    """
+
+    constraint: Literal["auto", "staircase", "cross"] = "auto"
+    update: Update | Literal["auto"] = "auto"
+    form: Form | Literal["auto"] = "auto"
+    rotation: float = ROTATION
+    budget: bool = False
+
+    def update_of(self, subspace: Subspace) -> Update:
+        """The rule of a matrix.
+
+        Args:
+            subspace: Of the matrix.
+
+        Returns:
+            ``priced`` within a budget, what is asked for, or what ``auto`` takes.
+
+        Raises:
+            ConfigError: The subspace does not allow what is asked for.
+        """
+        update = "priced" if self.budget else self.update
+        if update == "auto":
+            return chosen_update(subspace, self.rotation)
+        check_update(update, subspace)
+        return update
+
+
+AUTO = Method()
+"""What an edit does unasked."""
 
 
 @dataclass(kw_only=True)
@@ -90,6 +132,7 @@ class Choice:
 
     Args:
         update: The rule.
+        rotation: What its bases may cost.
         subspace: Its bases on the ``meta`` device.
         flops: Of products that the spectra take: in float64 of dense factors, in float32 of sketches.
         cubes: Of diagonalisations, n³ summed.
@@ -97,6 +140,7 @@ class Choice:
     """
 
     update: Update
+    rotation: float
     subspace: Subspace
     flops: int
     cubes: int
@@ -116,34 +160,49 @@ class Choice:
 
     @property
     def rule_bytes(self) -> int:
-        """What the rule holds beside its parameter: a mask; or W as it was, and bases, while W is seen in those."""
+        """What the rule holds beside its parameter.
+
+        A mask or what stands for one, or a metric; and W as it was, and bases, while W is seen in those.
+        """
         d_out, d_in = self.subspace.shape
-        if self.update == "leading":
-            counts = zip(leading_counts(self.subspace), self.subspace.shape, strict=True)
-            return 4 * d_out * d_in + sum(4 * n**2 if k == n else 8 * n * k for k, n in counts)
-        return 4 * d_out * d_in if self.update == "coordinates" else 0
+        one = 4 * d_out * d_in
+        turned = self.update == "priced" and self.subspace.threshold.cross is not None
+        if self.update == "leading" or turned:
+            counts = zip(leading_counts(self.subspace, self.rotation), self.subspace.shape, strict=True)
+            return one * (1 + turned) + sum(4 * n**2 if k == n else 8 * n * k for k, n in counts)
+        masked = self.update in ("coordinates", "filter", "priced") or self.subspace.form == "equation6"
+        return one if masked else 0
 
     def step_flops(self, tokens: int) -> int:
         """What the rule adds to a step of so many tokens."""
-        return step_flops(self.update, self.subspace, tokens)
+        return step_flops(self.update, self.subspace, tokens, self.rotation)
 
 
 @lru_cache(maxsize=64)
-def choose(shape: Shape, kind: Kind, energy: float, ranks: tuple[float, float] | None = None) -> Choice:
-    """What ``auto`` takes of a matrix.
+def choose(
+    shape: Shape, kind: Kind, energy: float, ranks: tuple[float, float] | None = None, method: Method = AUTO
+) -> Choice:
+    """What a method does with a matrix, and ``auto`` where it leaves that open.
 
     Args:
         shape: (d_out, d_in).
         kind: Of its factors.
         energy: γ in [0, 1).
         ranks: Effective ranks of A and of G, tr(M)² / ‖M‖²_F, where they are known.
+        method: What is asked for.
 
     Returns:
         The choice.
+
+    Raises:
+        ConfigError: The method does not go with the kind of factors, or with itself.
     """
     d_out, d_in = shape
+    constraint = default_constraint(kind, shape) if method.constraint == "auto" else method.constraint
     exponents = (EXPONENT, EXPONENT) if ranks is None else (exponent(d_in, ranks[0]), exponent(d_out, ranks[1]))
     inputs, outputs = (_Side(values=falling(n, p)) for n, p in zip((d_in, d_out), exponents, strict=True))
+    if kind == "sketch" and constraint == "staircase":
+        raise ConfigError("sketched factors know leading directions only: use constraint cross, or dense factors")
     if kind == "sketch":
         for side in (inputs, outputs):
             rank = sketch_rank(side.size)
@@ -152,10 +211,10 @@ def choose(shape: Shape, kind: Kind, energy: float, ranks: tuple[float, float] |
             side.flops = nystrom_flops(side.size, dense=False) - eigh_flops(1) * side.cubes
         subspace = _cross(_spectrum(inputs, outputs, (inputs.known, outputs.known)), energy)
         working = EIGH_BYTES * max(inputs.known, outputs.known) ** 2
-    elif default_constraint(kind, shape) == "staircase":
+    elif constraint == "staircase":
         inputs.diagonalise()
         outputs.diagonalise()
-        subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy)
+        subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy, method.form)
         working = EIGH_BYTES * max(shape) ** 2
     else:
         r, c = _search_cross(inputs, outputs, energy)
@@ -164,7 +223,8 @@ def choose(shape: Shape, kind: Kind, energy: float, ranks: tuple[float, float] |
         working = sum(8 * side.size * (side.size + side.held) for side in (inputs, outputs))
         working += max(((EIGH_BYTES - 8) * side.size**2 for side in (inputs, outputs) if side.whole), default=0)
     return Choice(
-        update=chosen_update(subspace),
+        update=method.update_of(subspace),
+        rotation=method.rotation,
         subspace=subspace,
         flops=inputs.flops + outputs.flops,
         cubes=inputs.cubes + outputs.cubes,

@@ -159,16 +159,29 @@ def curvature(
 
 @app.command()
 def plan(
-    model: Model,
-    edits: Edits,
+    model: Annotated[str, typer.Argument(help="As for edit; or a shape by name, such as Llama-3-70B, without EDITS.")],
+    edits: Annotated[
+        str | None, typer.Argument(help="A file of edits; when left out, 1,000 of typical length are assumed.")
+    ] = None,
     curvature: Annotated[Path | None, typer.Option(help="A directory written by 'crispedit curvature'.")] = None,
     texts: Texts = None,
     samples: Samples = None,
     layers: Layers = None,
+    factors: FactorKind = "auto",
+    energy: Annotated[float | None, typer.Option(help="γ in (0, 1), 0.9 by default.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Plan an edit within a budget, as that of edit; what it is changes no number.")
+    ] = None,
     epochs: Epochs = 25,
     batch_size: BatchSize = 32,
+    set_: Set = None,
     limit: Limit = None,
     memory: Annotated[str | None, typer.Option(help="What there is, e.g. 24GB; what is free by default.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Memory of devices, e.g. 24GB,80GB,141GB: which methods fit on which.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="How many there will be: numbers are those of one.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="The model divided among the processes, as by edit.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -179,8 +192,10 @@ def plan(
 ) -> None:
     """Say what an edit will take before a weight is loaded: matrices, memory, disk, time, and what would fit."""
     check_json(json)
-    from .jobs import PlanJob
+    from .plan_job import PlanJob
 
+    named = {"energy": energy, "budget": budget, "epochs": epochs, "batch_size": batch_size}
+    settings = {name: value for name, value in named.items() if value is not None} | parse_settings(set_ or [])
     job = PlanJob(
         model=model,
         edits=edits,
@@ -188,10 +203,13 @@ def plan(
         texts=texts,
         samples=samples,
         layers=layers,
-        epochs=epochs,
-        batch_size=batch_size,
+        factors=factors,
+        settings=settings,
         limit=limit,
         memory=memory,
+        devices=devices,
+        processes=processes,
+        shard=shard,
         eos=not no_eos,
         chat=chat,
         conflicts=conflicts,
@@ -199,7 +217,7 @@ def plan(
     found = job.run(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     from .console import print_plan
 
-    print_plan(found, f"{model} edited with {edits}")
+    print_plan(found, f"{model} edited" + (f" with {edits}" if edits else ""))
     write_json_file(json, found.record())
 
 

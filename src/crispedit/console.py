@@ -439,6 +439,12 @@ def tera(flops: int) -> str:
     return "–" if not flops else f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
 
 
+TIMES = (
+    " Times are an estimate, from flops and two seconds of measuring: of all epochs and answers of full length, where "
+    "a run may end early."
+)
+
+
 def print_plan(plan: "Plan", title: str) -> None:
     """What an edit will take: its matrices, memory and time by stage, disk, and whether it fits."""
     shapes: dict[Shape, list[str]] = {}
@@ -455,14 +461,27 @@ def print_plan(plan: "Plan", title: str) -> None:
     settings = plan.settings
     dtype = str(settings.dtype).removeprefix("torch.")
     out.print(
-        f"{dtype}, {settings.kind} factors, at most {plan.steps:,} steps. Times are an estimate, from flops and two "
-        "seconds of measuring: of all epochs and answers of full length, where a run may end early.",
+        f"{dtype}, {settings.kind} factors, update {', '.join(plan.updates)}, at most {plan.steps:,} steps."
+        + (TIMES if plan.seconds is not None else ""),
         soft_wrap=True,
     )
     for note in plan.notes:
         out.print(note, soft_wrap=True)
     if plan.fit is not None:
         out.print(_fit_line(plan.fit), soft_wrap=True)
+    if plan.compared:
+        _print_methods(plan)
+
+
+def _print_methods(plan: "Plan") -> None:
+    """What other methods take, and the devices that they fit."""
+    rows = []
+    for method in plan.compared:
+        flops = tera(sum(stage.flops for stage in method.stages))
+        fits = ("yes" if fits else "no" for fits in method.fits.values())
+        rows.append([method.name, size(method.peak.num_bytes), method.peak.name, flops, *fits])
+    header = ["method", "peak memory", "in stage", "TFLOP", *plan.compared[0].fits]
+    print_table("Methods, and the devices that they fit", header, rows)
 
 
 def _fit_line(fit: "Fit") -> str:

@@ -11,6 +11,7 @@ project's design counts 7.5 TFLOP for a forward pass of LLaMA-3-8B over 500 toke
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -116,6 +117,16 @@ def block_costs(model: Any) -> tuple[BlockCosts, ...]:
     Returns:
         One for each block, in order.
     """
+    if model not in _known:
+        _known[model] = _counted(model)
+    return _known[model]
+
+
+_known: WeakKeyDictionary[Any, tuple[BlockCosts, ...]] = WeakKeyDictionary()
+"""What was counted before: a plan asks hundreds of times, and a large model has thousands of modules."""
+
+
+def _counted(model: Any) -> tuple[BlockCosts, ...]:
     _, blocks = decoder_blocks(model)
     width = attention_width(model)
     found = []

@@ -176,16 +176,17 @@ def share(items: Sequence[Item]) -> list[Item]:
     return list(items[ranks.rank() :: ranks.size()])
 
 
-def owners(costs: Sequence[float]) -> list[int]:
+def owners(costs: Sequence[float], size: int | None = None) -> list[int]:
     """Which process does which piece of work: the longest first, each to the one with the least to do.
 
     Args:
         costs: Of the pieces, in any unit.
+        size: How many processes there are; those of this run when omitted.
 
     Returns:
         A rank per piece.
     """
-    loads = [0.0] * ranks.size()
+    loads = [0.0] * (ranks.size() if size is None else size)
     found = [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
         found[piece] = loads.index(min(loads))

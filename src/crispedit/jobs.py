@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from .artifacts import read_json
 from .bundled import corpus, world
 from .certificate import measured, texts_hash
 from .checkpoint import load_edited, read_record
-from .curvature import Curvature, affordable_kind, check_matrices, read_manifest
+from .curvature import Curvature, affordable_kind
 from .editing import EditResult, check_subjects
 from .editing import edit as edit_model
 from .editors import configured
@@ -26,7 +25,7 @@ from .editors._meta import lessons, train_in_directory
 from .editors.base import EditorConfig
 from .editors.mend import Config as MendConfig
 from .edits import Edit, EditSet, edits_from_rows, load_edits
-from .errors import ArtifactError, ConfigError, ModelError, TextsError
+from .errors import ArtifactError, ConfigError, TextsError
 from .evaluation import (
     Evaluation,
     answers_of_base,
@@ -37,35 +36,26 @@ from .evaluation import (
     needs_base_answers,
 )
 from .frontier import frontier, put_back
-from .generation import BATCH_TOKENS
-from .halves import token_halves
 from .harness_job import HarnessJob
 from .judge import Judge
 from .live import LiveModel
-from .memory import free_memory, resident_bytes
 from .models import (
     BUNDLED,
     EditMatrix,
     LoadedModel,
     context_length,
-    edit_matrices,
     find_device,
     fingerprint,
     frozen,
     load_model,
-    load_skeleton,
     parse_layers,
     tokenizer_hash,
 )
-from .planning import Plan, Settings, Workload, fit_memory, kind_that_fits, parse_memory, plan_edit
-from .precision import float32_masters, mixed_precision
+from .precision import float32_masters
 from .progress import Progress, log, no_progress
-from .proof import PROOF_EDITS, spread
 from .rows import Chat, Prompter
 from .sharding import check_shard, shard_model
-from .speed import measure_speed
-from .texts import CapabilityTexts, TokenBatch, load_texts, split_texts, text_batches, token_groups
-from .wild import questions
+from .texts import CapabilityTexts, load_texts, split_texts
 
 BUNDLED_EDITS = "bundled:"
 
@@ -461,122 +451,6 @@ def train_mend_job(
             overwrite=overwrite,
             progress=progress,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanJob:
-    """One ``crispedit plan``: what the command line says. No weight is loaded."""
-
-    model: str
-    edits: str
-    curvature: Path | None = None
-    texts: Path | None = None
-    samples: int | None = None
-    layers: str | None = None
-    epochs: int = 25
-    batch_size: int = 32
-    limit: int | None = None
-    memory: str | None = None
-    eos: bool = True
-    chat: str = "auto"
-    conflicts: str = "error"
-
-    def run(self, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Plan:
-        """Plans the edit that ``crispedit edit`` would make of the same arguments.
-
-        Args:
-            device: As in :func:`crispedit.models.load_skeleton`, like the next two.
-            dtype: See there.
-            trust_remote_code: See there.
-
-        Returns:
-            The plan, with a fit to ``memory``, or else to what is free.
-        """
-        configured("crispedit", {"epochs": self.epochs, "batch_size": self.batch_size})
-        layers = parse_layers(self.layers) if self.layers is not None else None
-        given = parse_memory(self.memory) if self.memory is not None else None
-        edit_set = read_edits(self.edits, limit=self.limit, conflicts=self.conflicts)
-        texts = capability_texts(self.model, self.texts, self.samples, 0) if self.curvature is None else None
-        manifest = read_manifest(self.curvature) if self.curvature is not None else None
-        if layers is None and manifest is not None:
-            layers = tuple(manifest["layers"])
-        loaded = load_skeleton(self.model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        matrices = edit_matrices(loaded.model, layers)
-        if manifest is not None:
-            _check_planned(manifest, matrices)
-        target = find_device(device)
-        work = self._workload(loaded, edit_set, texts, manifest, target)
-        # what the plan itself takes would be the edit's
-        memory = free_memory(target) + work.base_bytes if given is None else given
-        layers = tuple(matrix.layer for matrix in matrices)
-        kind = manifest["factors"] if manifest else kind_that_fits(work, layers, loaded.model.dtype, memory)
-        settings = Settings(
-            layers=layers, dtype=loaded.model.dtype, batch_size=self.batch_size, mapped=False, kind=kind
-        )
-        notes = list(edit_set.notes)
-        if texts is None and manifest is None:
-            notes.append("no texts are given: a curvature in the cache is assumed, and drift is left out")
-        sizes = [size for matrix in matrices for size in matrix.shape]
-        speed = None
-        try:
-            speed = measure_speed(loaded.model, device=target, layer=layers[-1], sizes=sizes)
-        except Exception as error:  # a block of foreign code may need more than a block is given
-            notes.append(f"no times: a block of this model cannot be run alone ({type(error).__name__}: {error})")
-        plan = plan_edit(work, settings, memory, speed)
-        return replace(plan, notes=[*notes, *plan.notes], fit=fit_memory(work, settings, memory))
-
-    def _workload(
-        self,
-        loaded: LoadedModel,
-        edit_set: EditSet,
-        texts: CapabilityTexts | None,
-        manifest: dict[str, Any] | None,
-        device: torch.device,
-    ) -> Workload:
-        """The lengths of all that the edit would put through the model."""
-        model, tokenizer = loaded.model, loaded.tokenizer
-        prompter = Prompter.of(model, tokenizer, chat=self.chat, eos=self.eos)  # type: ignore[arg-type]
-        rows = prompter.rows(edit_set, context_length(model))
-        asked = {prompter.prompt(question.prompt) for question in questions(spread(tuple(edit_set), PROOF_EDITS))}
-        groups = token_groups(sorted(asked, key=len), BATCH_TOKENS)
-        held_out = texts.held_out if texts is not None else (manifest or {}).get("held_out", ())
-        return Workload(
-            model=model,
-            rows=rows,
-            prompts=[[len(ids) for ids in group] for group in groups],
-            proof_rows=spread(rows, PROOF_EDITS),
-            halves=[_lengths(half) for half in token_halves(model, tokenizer, texts.fit)] if texts is not None else [],
-            held_out=_lengths(text_batches(model, tokenizer, held_out)) if held_out else [],
-            known=texts is None,
-            stored_dtype=loaded.stored_dtype,
-            epochs=self.epochs,
-            ranks={
-                name: (about["effective_rank"][0], about["effective_rank"][1])
-                for name, about in (manifest or {}).get("matrices", {}).items()
-            },
-            on_cpu=device.type == "cpu",
-            mixed=mixed_precision("auto", model.dtype, device),
-            base_bytes=resident_bytes() if device.type == "cpu" else 0,
-            base_seconds=time.process_time(),
-        )
-
-
-def _lengths(batches: Sequence[TokenBatch]) -> list[list[int]]:
-    """Lengths of the rows of batches."""
-    return [batch.mask.sum(1).tolist() for batch in batches]
-
-
-def _check_planned(manifest: dict[str, Any], matrices: Sequence[EditMatrix]) -> None:
-    """Refuses a curvature of other matrices; that its weights are these is checked when there are weights."""
-    check_matrices(manifest["matrices"], manifest["layers"], matrices)
-    for matrix in matrices:
-        shape = manifest["matrices"][matrix.name]
-        if (shape["d_out"], shape["d_in"]) != matrix.shape:
-            raise ModelError(
-                f"the curvature was computed for '{manifest['model']}', whose {matrix.name} is "
-                f"{shape['d_out']} × {shape['d_in']}, not {matrix.shape[0]} × {matrix.shape[1]}; "
-                "compute it for this model"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

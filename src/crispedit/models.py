@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from . import distributed, ranks
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
+from .shapes import shape_config
 
 BUNDLED = "bundled"
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -138,15 +139,18 @@ def load_model(
 
 
 def load_skeleton(
-    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, tokenizer: bool = True
 ) -> LoadedModel:
     """What :func:`load_model` would load, without a weight: the model on the ``meta`` device, and the tokenizer.
 
     Args:
-        name: As in :func:`load_model`, like the next three; of a model on the Hub, only small files are fetched.
+        name: As in :func:`load_model`, like the next three; of a model on the Hub, only small files are fetched. Or,
+            where there is no such directory, one of :data:`crispedit.shapes.SHAPES`.
         device: Where the weights would go.
         dtype: See there.
         trust_remote_code: See there.
+        tokenizer: Whether it is needed; without, a directory with a configuration will do, and the tokenizer is
+            ``None``.
 
     Returns:
         The model in evaluation mode; its parameters have shapes and the dtype that it would compute in.
@@ -157,15 +161,24 @@ def load_skeleton(
     """
     source, target = _checked_source(name, dtype), find_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    shape = None if Path(source).exists() else shape_config(name)
+    if tokenizer and (shape is not None or _lacks_tokenizer(Path(source))):
+        raise ModelError(f"'{name}' has no tokenizer, in whose tokens edits are counted: leave EDITS out")
     with _explained(name):
-        config = _float_config(name, source, options)
+        config = _float_config(name, source, options) if shape is None else shape
         stored = _stored_dtype(config)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=_computing_dtype(stored, dtype, target), **options
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
+        read = transformers.AutoTokenizer.from_pretrained(source, **options) if tokenizer else None
+    return LoadedModel(model=model.eval(), tokenizer=read, name=name, stored_dtype=stored)
+
+
+def _lacks_tokenizer(directory: Path) -> bool:
+    """Whether a directory has none of a tokenizer's files, where transformers would make an empty one."""
+    patterns = ("*token*", "vocab*", "*.model")
+    return directory.is_dir() and not any(found for pattern in patterns for found in directory.glob(pattern))
 
 
 def _checked_source(name: str, dtype: str) -> str:

@@ -135,8 +135,8 @@ class LeadingCoordinates(_Rule):
     """
 
     def __init__(self, subspace: Subspace, rotation: float = ROTATION) -> None:
-        if subspace.threshold.cross is None:
-            raise ConfigError("update leading leaves out whole rows and columns: use constraint cross")
+        check_update("leading", subspace)
+        assert subspace.threshold.cross is not None
         self.rows, self.columns = subspace.threshold.cross
         self.frame = _leading_frame(subspace, rotation)
         self.parameter = torch.zeros(subspace.shape, device=subspace.spectrum.input_basis.device)
@@ -464,6 +464,24 @@ def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION, da
     return PricedCoordinates(subspace, price, damping)
 
 
+def check_update(update: Update, subspace: Subspace) -> None:
+    """Refuses a rule for which a subspace is not made.
+
+    Args:
+        update: Its name.
+        subspace: Of the matrix.
+
+    Raises:
+        ConfigError: The rule needs all eigenvectors, and the spectrum has only leading ones; or it needs a cross.
+    """
+    if update in ("coordinates", "filter") and not subspace.spectrum.complete:
+        raise ConfigError(
+            f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update leading"
+        )
+    if update == "leading" and subspace.threshold.cross is None:
+        raise ConfigError("update leading leaves out whole rows and columns: use constraint cross")
+
+
 def update_rule(
     update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION, price: float = PRICE
 ) -> UpdateRule:
@@ -483,10 +501,7 @@ def update_rule(
     """
     if update == "auto":
         update = chosen_update(subspace, rotation)
-    if update in ("coordinates", "filter") and not subspace.spectrum.complete:
-        raise ConfigError(
-            f"update {update} needs all eigenvectors; this spectrum has only leading ones: use update leading"
-        )
+    check_update(update, subspace)
     if update == "priced":
         return priced_rule(subspace, price, rotation)
     return LeadingCoordinates(subspace, rotation) if update == "leading" else _RULES[update](subspace)

@@ -1,0 +1,475 @@
+"""The stages of one edit with given settings: bytes, flops and seconds of each.
+
+The stages are those of :mod:`crispedit.editing`. Bytes are those of what is alive at once, by the same shapes that the
+modules use: an upper estimate of each stage, beside which only small tensors stand. Counts of flops are those of
+:mod:`crispedit.costs`, seconds are flops over what :mod:`crispedit.speed` measured: an estimate. A run that ends early,
+because its loss is low, takes less; the search for a learning rate takes some epochs more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .assumed import choose
+from .costs import (
+    EIGH_BYTES,
+    Shape,
+    StepFlops,
+    answer_flops,
+    block_costs,
+    cached_bytes,
+    eigh_flops,
+    factor_bytes,
+    head_flops,
+    nystrom_flops,
+    recorded_bytes,
+    recording_flops,
+    step_flops,
+    texts_flops,
+    vocabulary,
+    weight_bytes,
+)
+from .description import DESCRIBED_WHOLE
+from .drift_meter import KEPT, SAMPLE, WHOLE
+from .editing import CHECKED
+from .forward import BatchSize
+from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
+from .models import EditMatrix, decoder_blocks, edit_matrices
+from .moments import sketch_rank
+from .proof import spread
+from .replay import CHECK_ROWS, MEMORY_SHARE
+from .speed import Speed
+from .training import rows_per_step
+from .workload import Settings, Workload
+
+UNDECIDED = 0.25
+"""The share of the answers that drafts do not decide when the edited model is first asked: of rephrases, mostly."""
+SLACK = 1.4
+"""Tensors that come and go in a pass take so many times what is alive: an allocator keeps what does not fit again."""
+RETAINED = 0.65
+"""Of that, malloc keeps so much afterwards; measured by benchmarks/plan.py."""
+LOGIT_COPIES = 6
+"""Float32 copies of a batch's logits that are alive at once: as they came, those that count, their logarithms, …"""
+READ_RATE, WRITE_RATE = 1.5e9, 0.5e9
+"""Bytes per second from and to a disk; not measured, so as to write nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of an edit.
+
+    Args:
+        name: What it does.
+        num_bytes: Of memory at its peak, all that earlier stages leave included; of the process that takes the most.
+        flops: Matrix products of the process that has the most of them.
+        flops_of_all: Those of all processes.
+        seconds: An estimate, without what moves between processes; ``None`` where the machine was not measured.
+    """
+
+    name: str
+    num_bytes: int
+    flops: int
+    flops_of_all: int
+    seconds: float | None
+
+    def record(self) -> dict[str, Any]:
+        """The stage, JSON-ready."""
+        return {
+            "bytes": self.num_bytes,
+            "flops": self.flops,
+            "flops_of_all": self.flops_of_all,
+            "seconds": self.seconds,
+        }
+
+
+class Planner:
+    """The stages of one edit with given settings, as the process that has the most to do goes through them.
+
+    Args:
+        work: What is to be done, and by how many processes.
+        settings: With which.
+        memory: Bytes that each has, what it takes already included.
+        speed: Of its device; without it there are no seconds.
+    """
+
+    def __init__(self, work: Workload, settings: Settings, memory: int, speed: Speed | None) -> None:
+        self.work, self.settings, self.speed = work, settings, speed
+        self.matrices: Sequence[EditMatrix] = edit_matrices(work.model, settings.layers)
+        self.shapes = [matrix.shape for matrix in self.matrices]
+        self.entries = sum(d_out * d_in for d_out, d_in in self.shapes)
+        self.blocks = block_costs(work.model)
+        self.above = len(self.blocks) - 1 - self.matrices[0].layer
+        self.weights = weight_bytes(work.model, settings.dtype)
+        self.stored = weight_bytes(work.model, work.stored_dtype)
+        self.choices = [
+            choose(matrix.shape, settings.kind, work.energy, work.ranks.get(matrix.name), settings.method)
+            for matrix in self.matrices
+        ]
+        self.factors = factor_bytes(self.shapes, settings.kind)
+        self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
+        self.processes = work.processes
+        self.held = work.base_bytes + self.processes.weight_bytes(work.model, self.matrices, settings.dtype)
+        self.held += self.processes.gathered_bytes(work.model, self.matrices, settings.dtype)
+        recorded = sum(size.tokens for size in work.recording())
+        self.recorded = recorded_bytes(work.model, self.matrices, recorded, settings.dtype)
+        # what stands when there is something to record: beside what is held, parameter and its start
+        self.begun = self.held + self.factors + self.spectra + self._edited + self._rules + 4 * 2 * self.entries
+        self.mapped = settings.mapped or self.recorded > MEMORY_SHARE * max(0, memory - self.begun)
+        self.batch = rows_per_step(len(work.rows), settings.batch_size)
+        self.sizes = work.steps(self.processes.part(self.batch))
+        self.steps = -(-len(work.rows) // self.batch) * work.epochs
+        self.step = self._step()
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, in order."""
+        curvature = [self._curvature()] if self.work.halves else []
+        return (self._load(), *curvature, self._diagonalise(), self._edit(), self._proof(), self._save())
+
+    def _load(self) -> Stage:
+        """Weights; while they are read and converted, a stored tensor stands beside its copy."""
+        largest = max(p.numel() for p in self.work.model.parameters()) * self.work.stored_dtype.itemsize
+        converted = largest if self.work.stored_dtype != self.settings.dtype else 0
+        return self._stage("load", self.held + converted, 0, self.work.base_seconds + self.stored / READ_RATE)
+
+    def _curvature(self) -> Stage:
+        """Two passes over the texts; then, matrix by matrix, both halves side by side, merged and described."""
+        work, kind = self.work, self.settings.kind
+        widest = max(self.shapes, key=lambda shape: factor_bytes([shape], kind))
+        one = factor_bytes([widest], kind)
+        passing = self._passing()
+        described = 3 * factor_bytes([widest], "sketch" if self._sketched(max(widest)) else "dense")
+        merging = 3 * one + described + self._eigh_bytes()
+        mine = [batch for half in work.halves for batch in self.processes.busiest(half)]
+        described_by = self.processes.owned(self.shapes, [sum(size**3 for size in shape) for shape in self.shapes])
+        if self.processes.size > 1:  # both halves of all that a process describes wait until the others have theirs
+            merging += 2 * max(factor_bytes(shapes, kind) for shapes in described_by)
+        flops = texts_flops(work.model, self.matrices, [n for batch in mine for n in batch], kind=kind)
+        eigh, products = max((self._describing(shapes) for shapes in described_by), key=_described_flops)
+        seconds = None
+        if self.speed is not None:
+            seconds = sum(self._pass_seconds(batch, self.above) for batch in mine)
+            seconds += (flops.update + products) / self.speed.float32 + eigh * self.speed.eigh
+            # labels are drawn, and losses taken, over all logits
+            seconds += sum(map(sum, mine)) * vocabulary(work.model) * self.speed.logit
+        lengths = [length for half in work.halves for batch in half for length in batch]
+        of_all = texts_flops(work.model, self.matrices, lengths, kind=kind).total
+        of_all += _described_flops(self._describing(self.shapes))
+        total = flops.total + _described_flops((eigh, products))
+        return self._stage("curvature", self.held + self.factors + max(passing, merging), total, seconds, of_all)
+
+    def _passing(self) -> float:
+        """Bytes of the largest batch of texts in the pass; 0 without one."""
+        tokens = max((max(lengths) * len(lengths) for half in self.work.halves for lengths in half), default=0)
+        return SLACK * (
+            self._kept(tokens, self.above, self.settings.dtype)
+            + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model)
+        )
+
+    def _after(self, transient: float) -> float:
+        """What tensors that come and go take in a later stage: at least what the pass over the texts left."""
+        return max(transient, RETAINED * self._passing() if self.work.on_cpu else 0)
+
+    def _sketched(self, size: int) -> bool:
+        """Whether a factor of a size is described, or diagonalised, by a sketch."""
+        return self.settings.kind == "sketch" or size > DESCRIBED_WHOLE
+
+    def _describing(self, shapes: Sequence[Shape]) -> tuple[int, int]:
+        """Of the description of both halves and their sum: n³ summed over diagonalisations, flops of products."""
+        cubes, products = 0, 0
+        for shape in shapes:
+            for size in shape:
+                if self._sketched(max(shape)):
+                    rank = sketch_rank(size)
+                    cubes += 3 * 2 * rank**3
+                    whole = nystrom_flops(size, dense=self.settings.kind == "dense")
+                    products += 3 * (whole - 2 * eigh_flops(rank))
+                else:
+                    cubes += 3 * size**3
+        return cubes, products
+
+    def _eigh_bytes(self) -> int:
+        """What the diagonalisation of the widest factor takes beside the factor and its spectrum."""
+        size = max(max(shape) for shape in self.shapes)
+        if self.settings.kind == "sketch" or self._sketched(size):
+            return EIGH_BYTES * sketch_rank(size) ** 2
+        return EIGH_BYTES * size**2
+
+    def _diagonalise(self) -> Stage:
+        """The spectra that the subspaces take, matrix by matrix."""
+        choices, dense = self.choices, self.settings.kind == "dense"
+        working = max(choice.working_bytes for choice in choices)
+        parts = self.processes.owned(choices, [sum(size**3 for size in shape) for shape in self.shapes])
+        mine = max(parts, key=lambda part: sum(choice.total_flops for choice in part))
+        cubes, products = sum(choice.cubes for choice in mine), sum(choice.flops for choice in mine)
+        seconds = None
+        if self.speed is not None:
+            seconds = cubes * self.speed.eigh + products / (self.speed.float64 if dense else self.speed.float32)
+        num_bytes = self.held + self.factors + self.spectra + self._after(working)
+        flops, of_all = (sum(choice.total_flops for choice in some) for some in (mine, choices))
+        return self._stage("diagonalise", num_bytes, flops, seconds, of_all)
+
+    def _step(self) -> StepFlops:
+        """A step of mean size, of one process."""
+        count, rules = len(self.sizes), sum(self._rule_flops(size.computed) for size in self.sizes)
+        every = step_flops(self.work.model, self.matrices, self.sizes, replay=True, rule_flops=rules)
+        return StepFlops(forward=every.forward // count, backward=every.backward // count, update=every.update // count)
+
+    def _rule_flops(self, tokens: int) -> int:
+        """Of the update rules of all matrices in one step."""
+        return sum(choice.step_flops(tokens) for choice in self.choices)
+
+    @property
+    def _edited(self) -> int:
+        """Bytes that the edited matrices take beside the model's: originals, and float32 in place of a lower dtype."""
+        return 4 * self.entries
+
+    @property
+    def _rules(self) -> int:
+        return sum(choice.rule_bytes for choice in self.choices)
+
+    def _edit(self) -> Stage:
+        """The loop: what came before the first matrix, recorded by every process; steps; within a budget, drift."""
+        work, logit = self.work, 4 * vocabulary(self.work.model)
+        # originals of the loop, gradients of W and of the parameter, Adam's two moments; or, within a budget, one
+        # momentum, and the originals that drift is measured from
+        looping = 4 * 5 * self.entries + 4 * 3 * max(d_out * d_in for d_out, d_in in self.shapes)
+        dtype = torch.bfloat16 if work.mixed else self.settings.dtype
+        activations = max(
+            self._kept(s.computed, self.above, dtype) + s.labels * LOGIT_COPIES * logit for s in self.sizes
+        )
+        if work.mixed and self.settings.dtype == torch.float32:  # autograd keeps the weights as they were cast
+            activations += self.above * 2 * sum(p.numel() for p in decoder_blocks(work.model)[1][-1].parameters())
+        # of a recorded batch what goes through a block; of the rows that are checked all logits
+        recording = max(s.computed for s in work.recording()) * self.blocks[0].kept_bytes(self.settings.dtype)
+        checked = CHECK_ROWS * max(len(row.ids) for row in work.rows) * 2 * logit
+        metering = self._metering() if self.settings.method.budget else None
+        transient = max(activations, recording, checked, metering.working_bytes if metering else 0)
+        num_bytes = self.begun + looping + (0 if self.mapped else self.recorded)
+        num_bytes += metering.kept_bytes if metering else 0
+        alike_everywhere = recording_flops(work.model, self.matrices, work.recording()) + self.steps * self.step.update
+        passes = self.steps * (self.step.forward + self.step.backward)
+        flops = alike_everywhere + passes + (metering.flops if metering else 0)
+        of_all = self.processes.size * alike_everywhere + passes * self.batch // self.processes.part(self.batch)
+        of_all += self.processes.size * metering.flops if metering else 0
+        seconds = None
+        if self.speed is not None:
+            below = len(self.blocks) - self.above
+            recorded = (below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
+            seconds = sum(recorded, 0.0)
+            seconds += self.steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
+            seconds += metering.seconds if metering else 0.0
+        return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all)
+
+    def _metering(self) -> "_Metering":
+        """What measuring drift takes while an edit keeps within a budget (:mod:`crispedit.drift_meter`).
+
+        All texts are measured first, every so many epochs, and at the end; a sample of them after every epoch. What the
+        base model says is kept as far as there is room for it, the texts' before the sample's.
+        """
+        work, itemsize = self.work, self.settings.dtype.itemsize
+        texts = self.processes.busiest(work.held_out, self.processes.asking) if work.held_out else []
+        rows = [length for batch in work.held_out for length in batch]
+        sample = rows[:: max(1, len(rows) // SAMPLE)][:: self.processes.asking]
+        epochs, room = work.epochs, KEPT // (vocabulary(work.model) * itemsize)
+        passes: list[tuple[Sequence[int], float]] = []
+        kept = 0
+        for lengths, times in (([n for batch in texts for n in batch], 2 + -(-epochs // WHOLE)), (sample, epochs)):
+            tokens = sum(lengths)
+            known = min(tokens, room - kept)
+            kept += known
+            again = 1 if not tokens else (known + (tokens - known) * times) / tokens  # passes of the base model
+            passes.append((lengths, times + again))
+        largest = max((max(batch) * len(batch) for batch in work.held_out), default=0)
+        flops = sum(texts_flops(work.model, self.matrices, some).total * count for some, count in passes)
+        seconds = 0.0
+        if self.speed is not None:
+            for some, count in passes:
+                together = sum(map(self._pass_seconds, _in_batches(some)))
+                seconds += count * together + sum(some) * (count - 1) * vocabulary(work.model) * self.speed.logit
+        return _Metering(
+            kept_bytes=kept * vocabulary(work.model) * itemsize,
+            working_bytes=4 * self.entries + largest * 4 * LOGIT_COPIES * vocabulary(work.model),
+            flops=int(flops),
+            seconds=seconds,
+        )
+
+    def _step_seconds(self, size: BatchSize) -> float:
+        """Of one batch: blocks above, head, loss, what is done with tokens and gradients of the matrices, Adam."""
+        assert self.speed is not None
+        alike = self._alike(size.computed, size.pairs)
+        blocks = self.above * (self.speed.forward(alike) + self.speed.backward(alike))
+        heads = 2 * head_flops(self.work.model) * size.positions / self.speed.head
+        logits = size.labels * vocabulary(self.work.model) * self.speed.logit
+        d_out, d_in = self.shapes[0]
+        # in float32: the first matrix times its recorded inputs, and the gradients of all
+        products = self._rule_flops(size.computed) + 2 * d_out * d_in * size.tokens + 2 * self.entries * size.computed
+        moved = 6 * 4 * self.entries / self.speed.copied  # mask, coordinates, sum and copy
+        return blocks + heads + logits + products / self.speed.float32 + self.entries * self.speed.adam + moved
+
+    def _proof(self) -> Stage:
+        """Answers before, after, and after rounding if there was any; losses before and after; drift on held-out texts.
+
+        The model is asked from nothing once; later its answers and the targets are drafts, and most are decided.
+        """
+        work = self.work
+        same = work.stored_dtype == self.settings.dtype == torch.float32
+        later = 1 if same else 2
+        per_token = cached_bytes(work.model, self.settings.dtype)
+        cached = max((len(group) * (max(group) + MAX_NEW_TOKENS) for group in work.prompts), default=0) * per_token
+        logits = max((max(batch) * len(batch) for batch in work.held_out), default=0) * vocabulary(work.model) * 4
+        drafted = DRAFT_TOKENS * vocabulary(work.model) * self.settings.dtype.itemsize
+        d_out, d_in = max(self.shapes, key=lambda shape: shape[0] * shape[1])
+        # a share outside a subspace, in float64: the change, what is outside, and both bases
+        outside = 8 * 5 * d_out * d_in + 2 * max(choice.spectrum_bytes for choice in self.choices)
+        held = self.held + self.factors + self.spectra + self._edited + 4 * self.entries * (3 + 1)
+        transient = max(SLACK * cached, LOGIT_COPIES * logits, outside, 3 * drafted)
+        shown = [len(row.ids) for row in work.proof_rows]
+        reading = [shown[i : i + 8] for i in range(0, len(shown), 8)]
+        drafts = _in_batches([length + MAX_NEW_TOKENS for group in work.prompts for length in group])
+        shared = (work.prompts, reading, drafts, work.held_out)
+        asked, read, later_drafts, texts = (self.processes.busiest(some, self.processes.asking) for some in shared)
+        seconds = self._answer_seconds(asked)
+        if seconds is not None and self.speed is not None:
+            others = 2 * sum(self._pass_seconds(batch) for batch in (*texts, *read))
+            others += later * sum(map(self._pass_seconds, later_drafts))
+            outside_flops = sum(choice.subspace.flops for choice in self.choices)
+            compared = sum(map(sum, texts)) * vocabulary(work.model) * self.speed.logit  # two losses, a divergence
+            seconds = (1 + UNDECIDED) * seconds + others + outside_flops / self.speed.float64 + compared
+        flops = self._proof_flops(asked, [*texts, *read], later, later_drafts)
+        of_all = self._proof_flops(work.prompts, [*work.held_out, *reading], later, drafts)
+        of_all *= self.processes.size // self.processes.asking
+        return self._stage("proof", held + self._after(transient), flops, seconds, of_all)
+
+    def _proof_flops(
+        self,
+        asked: Sequence[Sequence[int]],
+        read: Sequence[Sequence[int]],
+        later: int,
+        drafts: Sequence[Sequence[int]],
+    ) -> int:
+        """Of prompts that are answered, of texts that are read before and after, of drafts that are read later."""
+        answers = sum(answer_flops(self.work.model, group, MAX_NEW_TOKENS) for group in asked)
+        lengths = 2 * [n for batch in read for n in batch] + later * [n for batch in drafts for n in batch]
+        return int((1 + UNDECIDED) * answers) + texts_flops(self.work.model, self.matrices, lengths).total
+
+    def _answer_seconds(self, prompts: Sequence[Sequence[int]]) -> float | None:
+        """Of prompts once: a pass over each group, and one more for every new token."""
+        if self.speed is None:
+            return None
+        total = 0.0
+        for group in prompts:
+            total += self._pass_seconds(group, logits=len(group))
+            total += MAX_NEW_TOKENS * len(self.blocks) * self.speed.forward(len(group))
+            total += MAX_NEW_TOKENS * len(group) * head_flops(self.work.model) / self.speed.head
+        return total
+
+    def _save(self) -> Stage:
+        """The model in its stored dtype, written; read back into the CPU's memory, and both asked a few questions.
+
+        One process does. A sharded model is put together in its main memory, and is not asked.
+        """
+        work = self.work
+        num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2
+        if self.settings.save == "delta":
+            written = work.stored_dtype.itemsize * self.entries
+            return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
+        if self.processes.shard:
+            whole = self.weights if work.on_cpu else 0
+            return self._stage("save", num_bytes + self._after(0) + whole, 0, self.stored / WRITE_RATE)
+        # rounded to another dtype the weights are copied once to be written, and again to be asked
+        converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
+        second = max(converted, self.weights) if work.on_cpu else converted
+        asked = spread([length for group in work.prompts for length in group], CHECKED)
+        seconds = self._answer_seconds([asked] if asked else [])
+        if seconds is not None:
+            seconds = 2 * seconds + self.stored / WRITE_RATE + self.stored / READ_RATE
+        flops = 2 * answer_flops(work.model, asked, MAX_NEW_TOKENS)
+        # what is read has pages of its own: it does not go where freed memory was
+        return self._stage("save", num_bytes + self._after(0) + second, flops, seconds)
+
+    def _alike(self, tokens: int, pairs: int) -> float:
+        """How many tokens, in rows as they were measured, take as many flops of a block as a batch does."""
+        assert self.speed is not None
+        block = self.blocks[-1]
+        return (block.linear * tokens + block.attention * pairs) / (block.linear + block.attention * self.speed.row)
+
+    def _kept(self, tokens: int, blocks: int, dtype: torch.dtype) -> int:
+        """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
+        top = self.blocks[len(self.blocks) - blocks :] if blocks else ()
+        width = sum(d_in + 2 * d_out for d_out, d_in in self.shapes)
+        return tokens * (sum(block.kept_bytes(dtype) for block in top) + 4 * width)
+
+    def _pass_seconds(
+        self, lengths: Sequence[int], differentiated: int | None = None, logits: int | None = None
+    ) -> float:
+        """Seconds of a pass over one batch.
+
+        Args:
+            lengths: Of its rows.
+            differentiated: How many of the topmost blocks are run backward; none when omitted, nor the head.
+            logits: Positions whose logits are computed; all when omitted.
+        """
+        assert self.speed is not None
+        tokens = sum(lengths)
+        alike = self._alike(tokens, sum(n * n for n in lengths))
+        seconds = len(self.blocks) * self.speed.forward(alike)
+        heads = 1
+        if differentiated is not None:
+            seconds += differentiated * self.speed.backward(alike)
+            heads = 2
+        positions = tokens if logits is None else logits
+        return seconds + heads * positions * head_flops(self.work.model) / self.speed.head
+
+    def _stage(
+        self, name: str, num_bytes: float, flops: int, seconds: float | None, of_all: int | None = None
+    ) -> Stage:
+        """A stage; of work that one process does, those are the flops of all."""
+        return Stage(
+            name=name,
+            num_bytes=int(num_bytes),
+            flops=int(flops),
+            flops_of_all=int(flops if of_all is None else of_all),
+            seconds=seconds if self.speed else None,
+        )
+
+    def disk(self) -> dict[str, int]:
+        """Bytes by file, temporary ones included."""
+        found = (
+            {"edited model": self.stored}
+            if self.settings.save == "model"
+            else {"patch": self.work.stored_dtype.itemsize * self.entries}
+        )
+        if self.work.halves:
+            found["curvature, in the cache"] = self.factors
+            found["state of its passes, temporary"] = 2 * self.factors
+        if self.mapped:
+            found["recorded states, temporary"] = self.recorded
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Metering:
+    """What measuring drift takes during an edit: of logits that are kept, while it is measured, and in all."""
+
+    kept_bytes: int
+    working_bytes: int
+    flops: int
+    seconds: float
+
+
+def _described_flops(cubes_and_products: tuple[int, int]) -> int:
+    """Flops of diagonalisations, n³ summed, and of products."""
+    cubes, products = cubes_and_products
+    return products + eigh_flops(1) * cubes
+
+
+def _in_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts with their drafts as they are run together."""
+    found: list[list[int]] = []
+    for length in lengths:
+        if not found or sum(found[-1]) + length > DRAFT_TOKENS:
+            found.append([])
+        found[-1].append(length)
+    return found

@@ -1,0 +1,147 @@
+"""What one of several processes has: against FSDP2 in two processes, what they measure, and counts by hand."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crispedit.assumed import Method
+from crispedit.drift_meter import DriftMeter
+from crispedit.errors import ConfigError
+from crispedit.models import edit_matrices
+from crispedit.planning import plan_edit
+from crispedit.processes import ALONE, Processes
+from crispedit.stages import Planner
+from crispedit.texts import row_batches
+from crispedit.workload import Settings
+from families import tiny_model
+from test_planning import GB, SETTINGS, WORK
+
+SHARDED = """
+import torch
+from crispedit import distributed
+from crispedit.models import edit_matrices
+from crispedit.processes import Processes
+from crispedit.sharding import shard_model
+from families import tiny_model
+distributed.start()
+model = tiny_model("llama")
+matrices = edit_matrices(model, [1, 2])
+planned = Processes(2, True).weight_bytes(model, matrices, torch.float32)
+shard_model(model, matrices, torch.device("cpu"))
+held = sum(getattr(p, "_local_tensor", p).nbytes for p in set(model.parameters()))
+print(planned, held)
+distributed.stop()
+"""
+
+
+def stages(plan):
+    return {stage.name: stage for stage in plan.stages}
+
+
+def of(size: int, shard: bool = False, **changes):
+    """A plan for GPUs, where nothing stays that was freed."""
+    work = dataclasses.replace(WORK, on_cpu=False, processes=Processes(size, shard))
+    return stages(plan_edit(work, dataclasses.replace(SETTINGS, **changes), 1000 * GB))
+
+
+def test_a_process_holds_what_fsdp_leaves_it():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    said = []
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        said.append(process.communicate(timeout=120)[0].split()[-2:])
+        assert process.returncode == 0
+    assert all(planned == held for planned, held in said), said
+
+
+def test_what_is_gathered_by_hand():
+    """What is in no block, and two blocks without their edited matrices."""
+    model = tiny_model("llama")
+    matrices = edit_matrices(model, [3])
+    blocks = model.model.layers
+    rest = sum(p.numel() for p in set(model.parameters())) - sum(p.numel() for b in blocks for p in b.parameters())
+    largest = 2 * sum(p.numel() for p in blocks[0].parameters())
+    assert Processes(3, True).gathered_bytes(model, matrices, torch.bfloat16) == 2 * (rest + largest)
+    assert Processes(3).gathered_bytes(model, matrices, torch.bfloat16) == 0
+    assert ALONE.weight_bytes(model, matrices, torch.float32) == 4 * sum(p.numel() for p in set(model.parameters()))
+
+
+def test_work_is_shared_as_processes_share_it():
+    three = Processes(3)
+    assert (three.part(32), three.part(3), three.asking, Processes(3, True).asking) == (11, 1, 3, 1)
+    assert three.busiest([[1], [2, 2], [9], [1], [1]]) == [[9]]
+    assert three.owned("abcd", [1.0, 8.0, 2.0, 2.0]) == [["b"], ["a", "c"], ["d"]]
+
+
+@pytest.mark.parametrize(("size", "shard"), [(0, False), (-1, False), (1, True)])
+def test_what_are_no_processes_is_refused(size, shard):
+    with pytest.raises(ConfigError):
+        Processes(size, shard)
+
+
+def test_processes_share_flops_and_do_some_again():
+    one, two = of(1), of(2)
+    assert two["curvature"].flops_of_all == one["curvature"].flops_of_all == one["curvature"].flops
+    assert 0.5 <= two["curvature"].flops / one["curvature"].flops < 0.7  # five batches a half: three and two
+    assert two["diagonalise"].flops < one["diagonalise"].flops == two["diagonalise"].flops_of_all
+    assert 0.5 < two["edit"].flops / one["edit"].flops < 1  # rules and recording are everywhere
+    assert two["edit"].flops_of_all > one["edit"].flops_of_all
+    assert two["save"].flops == one["save"].flops == two["save"].flops_of_all
+
+
+def test_a_shard_takes_less_memory_and_asks_everywhere():
+    whole, parts = of(8), of(8, shard=True)
+    assert all(parts[name].num_bytes < whole[name].num_bytes for name in whole)
+    assert parts["proof"].flops_of_all == 8 * parts["proof"].flops
+    assert parts["save"].flops == 0  # it is not asked
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_drift_is_measured_by_all_processes(shard):
+    """Each a part of it, or, where each has a part of the model, all of it."""
+    budget, priced = (of(2, shard, method=Method(update="priced", budget=within))["edit"] for within in (True, False))
+    alone = of(1, method=Method(budget=True))["edit"].flops - of(1, method=Method(update="priced"))["edit"].flops
+    assert budget.flops_of_all - priced.flops_of_all == 2 * (budget.flops - priced.flops)
+    assert (budget.flops - priced.flops) / alone == pytest.approx(1 if shard else 0.5)
+
+
+def test_measuring_drift_costs_what_torch_counts():
+    """All texts first, after epochs 1 and 9, and last; a sample after each. The base model runs once: it is kept."""
+    model = tiny_model("llama").requires_grad_(False)
+    model.set_attn_implementation("eager")
+    matrices = edit_matrices(model, [1, 2])
+    batches = row_batches(model, [list(range(5, 17))] * 40)
+    meter, originals = DriftMeter(model, matrices, batches), {m.name: m.weight.clone() for m in matrices}
+    epochs = 10
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meter.measure(originals)
+        for _ in range(epochs):
+            meter.estimate(originals)
+        meter.measure(originals)
+    lengths = [batch.mask.sum(1).tolist() for batch in batches]
+    work = dataclasses.replace(WORK, model=model, held_out=lengths, epochs=epochs)
+    settings = Settings(
+        layers=(1, 2), dtype=torch.float32, batch_size=32, mapped=False, kind="dense", method=Method(budget=True)
+    )
+    found = Planner(work, settings, GB, None)._metering()
+    assert found.flops == counter.get_total_flops()
+    assert found.kept_bytes == sum(kept.nbytes for kept in meter._kept.values())
