@@ -324,7 +324,7 @@ def edit(
     from .console import print_proof
 
     print_proof(result)
-    if plot is not None:
+    if plot is not None and ranks.is_main():
         from .frontier import draw_frontier
 
         draw_frontier(result.metrics["frontier"], plot)
