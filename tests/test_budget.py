@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders import curvature_of
-from crispedit import cli, drift_meter, updates
+from crispedit import cli, drift_meter, jobs, updates
 from crispedit.budget import AIM, DAMPING, LEARN, RATIO, Budget, Budgeted
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
@@ -339,17 +339,17 @@ def test_estimates_are_of_a_sample_and_measured_on_all_now_and_then(monkeypatch)
 
 @pytest.fixture(scope="module")
 def given():
-    """Twelve facts of the bundled world, and the curvature of two layers."""
+    """Eight facts of the bundled world, and the curvature of a layer."""
     bundled = load_model("bundled")
-    texts = capability_texts("bundled", None, 60, 0)
-    curvature = Curvature.estimate(bundled.model, bundled.tokenizer, texts, layers=[3, 4])
-    return read_edits("bundled:eval", limit=12), curvature
+    texts = capability_texts("bundled", None, 40, 0)
+    curvature = Curvature.estimate(bundled.model, bundled.tokenizer, texts, layers=[3])
+    return read_edits("bundled:eval", limit=8), curvature
 
 
 def edited(given, budget, **settings):
     edits, curvature = given
     bundled = load_model("bundled")
-    return edit(bundled.model, bundled.tokenizer, edits, curvature=curvature, budget=budget, epochs=8, **settings)
+    return edit(bundled.model, bundled.tokenizer, edits, curvature=curvature, budget=budget, epochs=6, **settings)
 
 
 def test_edits_stay_within_their_budget_and_get_better_with_it(given):
@@ -414,15 +414,17 @@ def test_the_interval_is_over_texts():
     assert not measured(0.29, sums, "hash")["met"]
 
 
+@pytest.mark.slow
 def test_evaluate_checks_the_certificate_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = ["--limit", "10", "--samples", "40", "--layers", "3", "--epochs", "6"]
+    monkeypatch.setattr(jobs, "has_tasks", lambda model: False)  # hundreds of items, which say nothing here
+    settings = ["--limit", "6", "--samples", "40", "--layers", "3", "--epochs", "4"]
     assert cli._run(["edit", "bundled", "bundled:eval", *settings, "--budget", "0.5%", "--out", "edited"]) == 0
     said = capsys.readouterr().out
     assert "nats/token (0.5%): drift 0.0" in said
     assert "times too little" in said
     record = json.loads((tmp_path / "edited" / "crispedit.json").read_text())
-    evaluate = ["evaluate", "edited", "bundled:eval", "--limit", "10", "--base", "bundled"]
+    evaluate = ["evaluate", "edited", "bundled:eval", "--limit", "6", "--base", "bundled"]
     assert cli._run([*evaluate, "--json", "found.json", "--report", "found.md"]) == 0
     assert "Damage budget: Met: drift of 0.0" in (tmp_path / "found.md").read_text()
     found = json.loads((tmp_path / "found.json").read_text())["capability"]["budget"]

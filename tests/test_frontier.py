@@ -109,12 +109,13 @@ def test_a_frontier_needs_a_budget_and_a_picture_needs_a_frontier(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_frontier_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Every budget is met; what is saved is the edit within the largest, as it would be without a frontier."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(editing, "PROOF_EDITS", 6)
-    settings = ["--limit", "10", "--samples", "40", "--layers", "3", "--epochs", "5"]
+    settings = ["--limit", "6", "--samples", "40", "--layers", "3", "--epochs", "4"]
     wanted = ["edit", "bundled", "bundled:eval", *settings, "--budget", "0.008"]
     assert cli._run([*wanted, "--frontier", "3", "--plot", "f.svg", "--out", "a", "--json", "a.json"]) == 0
     said = capsys.readouterr().out
