@@ -23,8 +23,9 @@ $(VENV)/.tested: $(VENV)/.installed
 demo: install ## plain fine-tuning and CrispEdit on the bundled model
 	$(BIN)/crispedit demo --json out/demo.json
 
+# two files at a time, a thread each: small tensors gain little from a second thread
 test: $(VENV)/.tested ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(VENV)/.tested ## all tests
 	$(BIN)/python -m pytest
