@@ -2,7 +2,7 @@
 
 In float64 a central difference with a step of 1e-6 is off by 1e-15 / 1e-6 (rounding) of losses of the order of 10. It
 is taken on GPT-2: a Llama's norms compute in float32, whatever its weights are. Two ways to the same number that go
-through the same norms agree to 1e-9 all the same.
+through the same norms agree to 1e-7 all the same (1e-9 on CPUs that sum as wide either way).
 """
 
 import json
@@ -165,7 +165,7 @@ def test_rows_of_many_edits_meet_each_its_own_dense_weights(build):
             weights[matrix.name] = matrix.as_weight(dense)  # back to the stored layout
         with torch.no_grad():
             alone = functional_call(model, weights, (torch.tensor([row.ids]),)).logits[0, row.prompt_length - 1 : -1]
-        assert relative(together[place : place + row.num_targets], alone) < 1e-9
+        assert relative(together[place : place + row.num_targets], alone) < 1e-7
         place += row.num_targets
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -181,7 +181,7 @@ def test_the_losses_and_their_gradient_are_those_of_dense_weights(together):
     found = meta.losses(meta.taught, random.Random(0), together)
     truth = dense_losses(meta, meta.taught, together)
     for ours, theirs in zip(found, truth, strict=True):
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-7)
     ours = torch.autograd.grad(found[0] + found[1], parameters)
     theirs = torch.autograd.grad(truth[0] + truth[1], parameters)
     for mine, other in zip(ours, theirs, strict=True):
@@ -348,7 +348,7 @@ def test_of_many_edits_some_are_scored_and_all_make_the_update(monkeypatch):
     monkeypatch.undo()
     truth = dense_losses(meta, meta.taught, 8, scored=some)
     for ours, theirs in zip(found, truth, strict=True):
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-7)
 
 
 def test_without_other_edits_it_says_what_is_missing(bundled):
