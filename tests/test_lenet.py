@@ -87,7 +87,7 @@ def test_the_program_compares_constraints_on_the_digits(finished):
     assert set(result["constraints"]) == set(FEW.split(","))
     assert 0.9 < result["pretrain_accuracy"] <= 1
     for one in result["constraints"].values():
-        assert 0 <= one["low"] <= one["auc"] <= one["high"] <= 1
+        assert 0 < one["low"] <= one["auc"] <= one["high"] <= 1
         assert len(one["seeds"]) == 2
         assert all(len(piece[key]) == 4 for piece in one["seeds"] for key in ("edit", "capability", "drift", "removed"))
     plain, flat = result["constraints"]["none"]["seeds"][0], result["constraints"]["kfac"]["seeds"][0]
