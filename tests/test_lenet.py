@@ -70,7 +70,7 @@ def test_the_epoch_that_is_kept_is_the_best_on_images_held_out(tasks):
 
 def command(directory: Path, seeds: int = 2, constraints: str = FEW) -> list[str]:
     """As it is given more than once in the same directory."""
-    options = f"--seeds {seeds} --constraints {constraints} --energies 4 --epochs 3"
+    options = f"--seeds {seeds} --constraints {constraints} --energies 4 --epochs 5"
     return ["lenet", "--out", f"{directory}/out", *options.split()]
 
 
