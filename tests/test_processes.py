@@ -12,11 +12,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from crispedit.assumed import Method
+from crispedit.costs import recording_flops
 from crispedit.drift_meter import DriftMeter
 from crispedit.errors import ConfigError
+from crispedit.forward import batch_size
 from crispedit.models import edit_matrices
 from crispedit.planning import plan_edit
 from crispedit.processes import ALONE, Processes
+from crispedit.replay import row_logits
+from crispedit.rows import EditRow
 from crispedit.stages import Planner
 from crispedit.texts import row_batches
 from crispedit.workload import Settings
@@ -117,11 +121,19 @@ def test_a_shard_takes_less_memory_and_asks_everywhere():
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_drift_is_measured_by_all_processes(shard):
-    """Each a part of it, or, where each has a part of the model, all of it."""
+    """Each a part of it, or, where each has a part of the model, all of it.
+
+    A part of the sample lies outside a process's part of all texts: it is recorded for itself.
+    """
     budget, priced = (of(2, shard, method=Method(update="priced", budget=within))["edit"] for within in (True, False))
     alone = of(1, method=Method(budget=True))["edit"].flops - of(1, method=Method(update="priced"))["edit"].flops
     assert budget.flops_of_all - priced.flops_of_all == 2 * (budget.flops - priced.flops)
-    assert (budget.flops - priced.flops) / alone == pytest.approx(1 if shard else 0.5)
+    if shard:
+        assert budget.flops - priced.flops == alone
+    else:
+        matrices = edit_matrices(WORK.model, SETTINGS.layers)
+        sample = recording_flops(WORK.model, matrices, [batch_size([EditRow((0,) * 256, 1)] * 4, None)])
+        assert 2 * (budget.flops - priced.flops) - alone == 2 * sample
 
 
 def test_measuring_drift_costs_what_torch_counts():
@@ -129,19 +141,23 @@ def test_measuring_drift_costs_what_torch_counts():
     model = tiny_model("llama").requires_grad_(False)
     model.set_attn_implementation("eager")
     matrices = edit_matrices(model, [1, 2])
-    batches = row_batches(model, [list(range(5, 17))] * 40)
-    meter, originals = DriftMeter(model, matrices, batches), {m.name: m.weight.clone() for m in matrices}
+    batches = row_batches(model, [[first, *range(5, 16)] for first in range(40)])
     epochs = 10
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meter.measure(originals)
+        meter = DriftMeter(model, matrices, batches)
+        meter.measure()
         for _ in range(epochs):
-            meter.estimate(originals)
-        meter.measure(originals)
+            meter.estimate()
+        meter.measure()
+    with FlopCounterMode(display=False) as checked, torch.no_grad():  # a few rows of a replay are held against it
+        logits = row_logits(model, matrices, meter._logits.rows, pack=False)
+    with FlopCounterMode(display=False) as recorded, torch.no_grad():
+        logits.record(matrices[0])
     lengths = [batch.mask.sum(1).tolist() for batch in batches]
     work = dataclasses.replace(WORK, model=model, held_out=lengths, epochs=epochs)
     settings = Settings(
         layers=(1, 2), dtype=torch.float32, batch_size=32, mapped=False, kind="dense", method=Method(budget=True)
     )
     found = Planner(work, settings, GB, None)._metering()
-    assert found.flops == counter.get_total_flops()
-    assert found.kept_bytes == sum(kept.nbytes for kept in meter._kept.values())
+    assert found.flops == counter.get_total_flops() - (checked.get_total_flops() - recorded.get_total_flops())
+    assert found.kept_bytes == meter.num_bytes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from crispedit import replay
+from crispedit import replay, room
 from crispedit.errors import CrispEditError
 from crispedit.forward import collate, whole_logits
 from crispedit.models import edit_matrices, frozen
@@ -161,8 +161,8 @@ def test_a_large_record_lies_in_a_mapped_file_that_leaves_nothing_behind(monkeyp
     model, rows = tiny_llama(), some_rows()
     matrices = edit_matrices(model, (1,))
     in_memory = row_logits(model, matrices, rows)
-    monkeypatch.setattr(replay, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(replay.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(room, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(room.tempfile, "tempdir", str(tmp_path))
     on_disk = row_logits(model, matrices, rows)
     assert (on_disk.kept, on_disk.num_bytes) == ("file", in_memory.num_bytes)
     assert list(tmp_path.iterdir()) == []
@@ -174,8 +174,8 @@ def test_without_room_on_disk_less_is_recorded(monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(replay, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(replay.os, "posix_fallocate", full)
+    monkeypatch.setattr(room, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(room.os, "posix_fallocate", full)
     caplog.set_level(logging.INFO)
     model = tiny_llama()
     assert row_logits(model, edit_matrices(model, (1,)), some_rows()).start == "targets"

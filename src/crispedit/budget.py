@@ -129,7 +129,6 @@ class Budgeted(RuledMatrices):
     ) -> None:
         super().__init__(matrices, rules)
         self.priced, self.budget, self.meter, self.steps = rules, budget, meter, steps
-        self.base = {matrix.name: original for matrix, original in zip(matrices, self._originals, strict=True)}
         self.first = self.ratio = ratio
         self.spent: list[Spent] = []
 
@@ -178,7 +177,7 @@ class Budgeted(RuledMatrices):
         Returns:
             Whether it is, within the budget.
         """
-        drift, predicted = self.meter.estimate(self.base), self.predicted()
+        drift, predicted = self.meter.estimate(), self.predicted()
         self.spent.append(Spent(drift=drift, predicted=predicted, allowed=self.allowed))
         if predicted > 0:
             self.ratio = min(LEARN * self.ratio, max(self.ratio / LEARN, drift / predicted))
@@ -191,7 +190,7 @@ class Budgeted(RuledMatrices):
             For the record: ``course`` (the fields of :class:`Spent` by epoch), ``taken_back`` (the share of the
             change), and ``drift``, ``predicted`` drift and their ``ratio`` at the end.
         """
-        drift, kept = self.meter.measure(self.base)[0], 1.0
+        drift, kept = self.meter.measure()[0], 1.0
         for _ in range(TRIES):
             if drift <= self.budget:
                 break
@@ -199,7 +198,7 @@ class Budgeted(RuledMatrices):
             kept *= factor
             self._scale(factor)
             super().apply()
-            drift = self.meter.measure(self.base)[0]
+            drift = self.meter.measure()[0]
         predicted = self.predicted()
         return {
             "drift": drift,

@@ -5,7 +5,7 @@ cross-entropy exactly the Bregman divergence that CrispEdit constrains (arXiv 26
 and independent of the labels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import distributed
 from .bundled import abilities, corpus
 from .generation import answers
+from .models import EditMatrix
 from .progress import Progress, no_progress
 from .rows import Prompter
 from .texts import TokenBatch, next_tokens, text_batches
@@ -47,6 +48,23 @@ def logits_of(model: Any) -> Logits:
         return result
 
     return logits
+
+
+def logits_with(model: Any, matrices: Sequence[EditMatrix], weights: Mapping[str, Tensor]) -> Logits:
+    """Logits of the model with other weights of some matrices, which are swapped in for every batch and out again."""
+    logits = logits_of(model)
+    own = {m.name: m.weight.clone() for m in matrices}
+
+    def run(batch: TokenBatch) -> Tensor:
+        for matrix in matrices:
+            matrix.weight.copy_(weights[matrix.name])
+        try:
+            return logits(batch)
+        finally:
+            for matrix in matrices:
+                matrix.weight.copy_(own[matrix.name])
+
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +113,10 @@ def drift_of_texts(
     def sums(batch: TokenBatch) -> Tensor:
         labels = next_tokens(batch)
         counted = labels != -100
-        log_p = base(batch).cpu()[counted].float().log_softmax(-1)
-        log_q = edited(batch).cpu()[counted].float().log_softmax(-1)
-        wanted = labels[counted]
-        of_tokens = torch.stack(
-            [
-                (log_p.exp() * (log_p - log_q)).sum(-1),
-                nn.functional.nll_loss(log_p, wanted, reduction="none"),
-                nn.functional.nll_loss(log_q, wanted, reduction="none"),
-                torch.ones(len(wanted)),
-            ]
-        )
+        log_p, log_q = (logits[counted.to(logits.device)] for logits in (base(batch), edited(batch)))
+        found = of_tokens(log_p, log_q, labels[counted])
         text = counted.nonzero()[:, 0]
-        return torch.zeros(4, len(labels), dtype=torch.float64).index_add_(1, text, of_tokens.double())
+        return torch.zeros(4, len(labels), dtype=torch.float64).index_add_(1, text, found)
 
     parts = []
     for _, part in distributed.spread(batches, sums):
@@ -115,6 +124,28 @@ def drift_of_texts(
         progress("drift", len(parts), len(batches))
     drift, loss_base, loss, tokens = torch.cat(parts, 1)
     return TextSums(drift=drift, loss_base=loss_base, loss=loss, tokens=tokens)
+
+
+def of_tokens(base: Tensor, edited: Tensor, wanted: Tensor) -> Tensor:
+    """What is summed over tokens, of each.
+
+    Args:
+        base: Logits of the base model, (tokens, vocabulary), on any device.
+        edited: Those of the edited model, on the device where this is computed, in float32.
+        wanted: The next tokens, (tokens,).
+
+    Returns:
+        KL(base ‖ edited), cross-entropy of either, and 1; (4, tokens), float64, on the CPU.
+    """
+    log_p, log_q = (logits.to(edited.device).float().log_softmax(-1) for logits in (base, edited))
+    wanted = wanted.to(edited.device)
+    rows = [
+        (log_p.exp() * (log_p - log_q)).sum(-1),
+        nn.functional.nll_loss(log_p, wanted, reduction="none"),
+        nn.functional.nll_loss(log_q, wanted, reduction="none"),
+        torch.ones_like(wanted, dtype=torch.float32),
+    ]
+    return torch.stack(rows).cpu().double()
 
 
 def measure_drift(

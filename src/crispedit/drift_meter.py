@@ -1,16 +1,20 @@
 """Measures drift again and again while a model is being edited."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .capability import Logits, logits_of, measure_drift
+from . import distributed
+from .capability import of_tokens
 from .models import EditMatrix
+from .progress import Progress, no_progress
+from .remembered import Remembered
+from .replay import row_logits
+from .rows import EditRow
 from .texts import TokenBatch, row_batches
 
-KEPT = 2**29
-"""Bytes of logits of the base model that are kept at the most, to measure drift again."""
 SAMPLE = 16
 """Texts of which drift is estimated, about."""
 WHOLE = 8
@@ -18,80 +22,80 @@ WHOLE = 8
 
 
 class DriftMeter:
-    """Drift of a model from what it is with its original matrices, on held-out texts.
+    """Drift of a model from what it is now, on held-out texts.
 
-    What the base model says is kept from the first time where it takes little memory, and computed anew where not.
+    What lies below the first edited matrix is run once (:mod:`crispedit.replay`), and so is the model as it is now
+    (:mod:`crispedit.remembered`): a measurement takes the blocks above, and the head twice. Both go the same way, batch
+    by batch, so that a model that has not changed has not drifted, in any precision.
 
     Args:
-        model: The model, edited in place.
-        matrices: Those that may have changed.
+        model: The model, which will be edited in place.
+        matrices: Those that will change, in ascending order of layers.
         batches: The texts, the shortest first.
+        progress: Called while they are run for the first time.
     """
 
-    def __init__(self, model: Any, matrices: Sequence[EditMatrix], batches: Sequence[TokenBatch]) -> None:
-        self.model, self.matrices, self.batches = model, matrices, batches
-        rows = [ids[mask.bool()].tolist() for batch in batches for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-        self._sample = row_batches(model, rows[:: max(1, len(rows) // SAMPLE)])
-        self._kept: dict[int, Tensor] = {}
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Any,
+        matrices: Sequence[EditMatrix],
+        batches: Sequence[TokenBatch],
+        progress: Progress = no_progress,
+    ) -> None:
+        every = [_rows(batch) for batch in batches]
+        texts = [row for rows in every for row in rows]
+        some = row_batches(model, [row.ids for row in texts[:: max(1, len(texts) // SAMPLE)]])
+        groups = [*every, *map(_rows, some)]
+        self._whole, self._sample = range(len(every)), range(len(every), len(groups))
+        # of several processes each measures its share, and needs no other texts for it
+        mine = [number for part in (self._whole, self._sample) for number in distributed.share(part)]
+        index = {row: place for place, row in enumerate(dict.fromkeys(row for n in mine for row in groups[n]))}
+        self._batches = {number: [index[row] for row in groups[number]] for number in mine}
+        self._place = {number: place for place, number in enumerate(mine)}
+        if mine:
+            self._logits = row_logits(model, matrices, list(index), pack=False, progress=progress)
+            self._base = Remembered(self._logits, list(self._batches.values()), progress)
         self._estimates, self._times = 0, 1.0
 
-    def measure(self, originals: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Measures on all texts.
+    @property
+    def num_bytes(self) -> int:
+        """Of what is kept by this process."""
+        return self._logits.num_bytes + self._base.num_bytes if self._batches else 0
 
-        Args:
-            originals: The original matrices, by name, in the bases in which the matrices are seen at the moment
-                (:mod:`crispedit.rotation`).
+    def measure(self) -> tuple[float, float]:
+        """Measures on all texts.
 
         Returns:
             Drift, and the base model's loss; nats per token.
         """
-        return self._measure(self.batches, originals)
+        return self._measure(self._whole)
 
-    def estimate(self, originals: Mapping[str, Tensor]) -> float:
+    def estimate(self) -> float:
         """Measures on a sample, times what all texts said in terms of it when they were last measured.
-
-        Args:
-            originals: As for :meth:`measure`.
 
         Returns:
             Drift on all texts, about; nats per token.
         """
         whole = self._estimates % WHOLE == 0
         self._estimates += 1
-        found = self._measure(self._sample, originals)[0]
+        found = self._measure(self._sample)[0]
         if whole:
-            drift = self.measure(originals)[0]
+            drift = self.measure()[0]
             self._times = drift / found if found > 0 else 1.0
             return drift
         return self._times * found
 
-    def _measure(self, batches: Sequence[TokenBatch], originals: Mapping[str, Tensor]) -> tuple[float, float]:
-        base = logits_with(self.model, self.matrices, originals)
+    @torch.no_grad()
+    def _measure(self, batches: Sequence[int]) -> tuple[float, float]:
+        def sums(number: int) -> Tensor:
+            logits, labels = self._logits(self._batches[number])
+            return of_tokens(self._base(self._place[number]), logits, labels).sum(1)
 
-        def remembered(batch: TokenBatch) -> Tensor:
-            logits = self._kept.get(id(batch))
-            if logits is None:
-                logits = base(batch)
-                if sum(one.nbytes for one in self._kept.values()) + logits.nbytes <= KEPT:
-                    self._kept[id(batch)] = logits
-            return logits
-
-        found = measure_drift(remembered, logits_of(self.model), batches)
-        return found.drift, found.loss_base
+        drift, loss_base, _, tokens = torch.stack([found for _, found in distributed.spread(batches, sums)]).sum(0)
+        return max(0.0, float(drift / tokens)), float(loss_base / tokens)
 
 
-def logits_with(model: Any, matrices: Sequence[EditMatrix], weights: Mapping[str, Tensor]) -> Logits:
-    """Logits of the model with other weights of some matrices, which are swapped in for every batch and out again."""
-    logits = logits_of(model)
-    own = {m.name: m.weight.clone() for m in matrices}
-
-    def run(batch: TokenBatch) -> Tensor:
-        for matrix in matrices:
-            matrix.weight.copy_(weights[matrix.name])
-        try:
-            return logits(batch)
-        finally:
-            for matrix in matrices:
-                matrix.weight.copy_(own[matrix.name])
-
-    return run
+def _rows(batch: TokenBatch) -> list[EditRow]:
+    """Texts as rows, of which every token but the first is a target."""
+    return [EditRow(tuple(ids[mask.bool()].tolist()), 1) for ids, mask in zip(batch.ids, batch.mask, strict=True)]

@@ -25,7 +25,6 @@ from .capability import TextSums
 from .certificate import certificate, texts_hash
 from .checkpoint import PATCH, RECORD, Form, check_files, read_back, round_to, write_model
 from .curvature import Curvature
-from .drift_meter import DriftMeter
 from .editors import configured
 from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows
@@ -235,6 +234,7 @@ def edit(
         curvature=curvature,
         texts=texts,
         train_edits=tuple(train_edits),
+        held_out=held_out.batches if held_out else (),
         seed=seed,
         progress=progress,
     )
@@ -315,8 +315,6 @@ def _edit_and_prove(
         before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):
             loss_before = loss()
-            if held_out:
-                problem.drift = DriftMeter(model, matrices, held_out.batches)
             rounds, seconds = _run(module.edit(problem, config), matrices, ask_again)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()

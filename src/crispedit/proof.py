@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .capability import TextSums, drift_of_texts, logits_of
-from .drift_meter import logits_with
+from .capability import TextSums, drift_of_texts, logits_of, logits_with
 from .errors import EditFailed, NumericsError
 from .models import EditMatrix
 from .progress import Progress

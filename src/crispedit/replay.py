@@ -11,8 +11,6 @@ less is replayed: from the input of the first edited block (``block``), or nothi
 """
 
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,17 +23,15 @@ from torch import Tensor, nn
 from . import distributed, ranks
 from .errors import CrispEditError
 from .forward import RowBatch, batch_size, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
-from .memory import free_memory
 from .models import EditMatrix, decoder_blocks, intermediate_width, text_config
 from .progress import Progress, log, no_progress
+from .room import NoRoomError, room
 from .rows import EditRow
 
 Start = Literal["matrix", "block", "targets", "whole"]
 """Where a step sets out: at the input of the first edited matrix, of its block, or at the embedding, with logits at
 target positions or everywhere."""
 STARTS: tuple[Start, ...] = ("matrix", "block", "targets", "whole")
-MEMORY_SHARE = 0.25
-"""Records that take more of the free memory than this are kept in a file and mapped into memory."""
 CHECK_ROWS = 8
 CHECK_MOVE = 0.05
 """Weights are moved by so much of their norm before a replay is compared with the whole model."""
@@ -106,12 +102,17 @@ class RowLogits:
         Returns:
             Logits (targets, vocabulary) and labels (targets,), on one device.
         """
-        batch = _collated(self.model, [self.rows[index] for index in chosen], self.pair_cost)
-        if self._record is not None:
-            logits = self._record.logits(self.model, batch, chosen)
-        else:
-            logits = (whole_logits if self.start == "whole" else target_logits)(self.model, batch)
+        batch = self.batch(chosen)
+        logits = self.of_model(batch) if self._record is None else self._record.logits(self.model, batch, chosen)
         return logits, batch.labels.to(logits.device)
+
+    def batch(self, chosen: Sequence[int]) -> RowBatch:
+        """Some rows as they are run together, on the device of the model's embeddings."""
+        return _collated(self.model, [self.rows[index] for index in chosen], self.pair_cost)
+
+    def of_model(self, batch: RowBatch) -> Tensor:
+        """Logits (targets, vocabulary) of a batch, from the embedding on."""
+        return (whole_logits if self.start == "whole" else target_logits)(self.model, batch)
 
     def by_row(
         self, chosen: Sequence[int], batch_tokens: int, of: Callable[[Tensor, Tensor], Tensor]
@@ -151,6 +152,7 @@ def row_logits(
     rows: Sequence[EditRow],
     *,
     start: Start = "matrix",
+    pack: bool = True,
     progress: Progress = no_progress,
 ) -> RowLogits:
     """Records what is below the first edited matrix for all rows, and checks the replay against the whole model.
@@ -160,6 +162,7 @@ def row_logits(
         matrices: What will be edited, in ascending order of layers; nothing else may change while this is used.
         rows: The edits' rows.
         start: The most that is replayed.
+        pack: Whether rows may share the tokens that they have in common.
         progress: Called after every batch that is recorded.
 
     Returns:
@@ -168,8 +171,10 @@ def row_logits(
     if start == "whole":
         return RowLogits(model=model, rows=rows, start=start)
     truth = _truth(model, matrices, rows)
-    packed = within_windows(model, rows) and _fits(
-        RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, truth, "packing rows"
+    packed = (
+        pack
+        and within_windows(model, rows)
+        and _fits(RowLogits(model=model, rows=rows, start="targets", packed=True), matrices, truth, "packing rows")
     )
     for attempt in STARTS[STARTS.index(start) : -1]:
         found = RowLogits(model=model, rows=rows, start=attempt, packed=packed)
@@ -207,7 +212,7 @@ def _fits(
         found.error = _check(found, matrices, truth)
     except torch.OutOfMemoryError:
         raise
-    except (_Unfit, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (_Unfit, NoRoomError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         log.info("%s does not fit this model: %s", what, " ".join(str(error).split())[:200])
         return False
     if found.error > tolerance(found.model.dtype, len(decoder_blocks(found.model)[1])):
@@ -398,16 +403,8 @@ class _Record:
         """Room for all tokens: in the device's memory, the CPU's, or a file mapped into it."""
         kinds = [(t.shape[-1], t.dtype) for t in (inputs, rests) if t is not None]
         self.num_bytes = self.num_tokens * sum(width * dtype.itemsize for width, dtype in kinds)
-        device = inputs.device
-        if self.num_bytes > MEMORY_SHARE * free_memory(device):
-            device = torch.device("cpu")
-        if self.num_bytes <= MEMORY_SHARE * free_memory(device):
-            self.kept = "memory" if device == inputs.device else "cpu memory"
-            room = [torch.empty(self.num_tokens, width, dtype=dtype, device=device) for width, dtype in kinds]
-        else:
-            self.kept = "file"
-            room = [_mapped(self.num_tokens, width, dtype) for width, dtype in kinds]
-        self.inputs, self.rests = room[0], room[-1]
+        found, self.kept = room(self.num_tokens, kinds, inputs.device)
+        self.inputs, self.rests = found[0], found[-1]
 
     def logits(self, model: Any, batch: RowBatch, chosen: Sequence[int]) -> Tensor:
         """Logits at the targets of recorded rows, (targets, vocabulary)."""
@@ -488,16 +485,3 @@ def _input(module: nn.Module, hidden: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _mapped(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (tokens, width) in a temporary file, which has no name any more and goes with the tensor."""
-    num_bytes = tokens * width * dtype.itemsize
-    with tempfile.NamedTemporaryFile(prefix="crispedit-record-") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is told of now, and not by a signal
-        except OSError as error:
-            raise _Unfit(
-                f"no room for {num_bytes / 1e9:.1f} GB in {tempfile.gettempdir()}: {error.strerror}"
-            ) from error
-        return torch.from_file(file.name, shared=True, size=tokens * width, dtype=dtype).view(tokens, width)

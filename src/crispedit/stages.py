@@ -32,15 +32,18 @@ from .costs import (
     weight_bytes,
 )
 from .description import DESCRIBED_WHOLE
-from .drift_meter import KEPT, SAMPLE, WHOLE
+from .drift_meter import SAMPLE, WHOLE
 from .editing import CHECKED
-from .forward import BatchSize
+from .forward import BatchSize, batch_size
 from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
-from .models import EditMatrix, decoder_blocks, edit_matrices
+from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
 from .proof import spread
-from .replay import CHECK_ROWS, MEMORY_SHARE
+from .replay import CHECK_ROWS, recorded_together
+from .room import MEMORY_SHARE
+from .rows import EditRow
 from .speed import Speed
+from .texts import row_groups
 from .training import rows_per_step
 from .workload import Settings, Workload
 
@@ -95,7 +98,7 @@ class Planner:
     """
 
     def __init__(self, work: Workload, settings: Settings, memory: int, speed: Speed | None) -> None:
-        self.work, self.settings, self.speed = work, settings, speed
+        self.work, self.settings, self.memory, self.speed = work, settings, memory, speed
         self.matrices: Sequence[EditMatrix] = edit_matrices(work.model, settings.layers)
         self.shapes = [matrix.shape for matrix in self.matrices]
         self.entries = sum(d_out * d_in for d_out, d_in in self.shapes)
@@ -265,35 +268,52 @@ class Planner:
     def _metering(self) -> "_Metering":
         """What measuring drift takes while an edit keeps within a budget (:mod:`crispedit.drift_meter`).
 
-        All texts are measured first, every so many epochs, and at the end; a sample of them after every epoch. What the
-        base model says is kept as far as there is room for it, the texts' before the sample's.
+        All texts are measured first, every so many epochs, and at the end; a sample of them after every epoch. Before,
+        what lies below the first matrix is recorded, and what the base model says is remembered, and compared.
         """
-        work, itemsize = self.work, self.settings.dtype.itemsize
-        texts = self.processes.busiest(work.held_out, self.processes.asking) if work.held_out else []
-        rows = [length for batch in work.held_out for length in batch]
-        sample = rows[:: max(1, len(rows) // SAMPLE)][:: self.processes.asking]
-        epochs, room = work.epochs, KEPT // (vocabulary(work.model) * itemsize)
-        passes: list[tuple[Sequence[int], float]] = []
-        kept = 0
-        for lengths, times in (([n for batch in texts for n in batch], 2 + -(-epochs // WHOLE)), (sample, epochs)):
-            tokens = sum(lengths)
-            known = min(tokens, room - kept)
-            kept += known
-            again = 1 if not tokens else (known + (tokens - known) * times) / tokens  # passes of the base model
-            passes.append((lengths, times + again))
-        largest = max((max(batch) * len(batch) for batch in work.held_out), default=0)
-        flops = sum(texts_flops(work.model, self.matrices, some).total * count for some, count in passes)
-        seconds = 0.0
+        work, epochs = self.work, self.work.epochs
+        every = [length for batch in work.held_out for length in batch]
+        some = row_groups(work.model, [range(length) for length in every[:: max(1, len(every) // SAMPLE)]])
+        sampled = [[len(row) for row in group] for group in some]
+        parts = [self.processes.busiest(groups, self.processes.asking) for groups in (work.held_out, sampled)]
+        whole, sample = ([_texts(lengths) for lengths in part] for part in parts)
+        # a process that has all texts has those of the sample among them
+        rows = [row for group in (whole if self.processes.asking == 1 else [*whole, *sample]) for row in group]
+        recorded = [
+            batch_size([rows[index] for index in group], None)
+            for group in (recorded_together(work.model, rows, packed=False) if rows else [])
+        ]
+        flops, seconds = recording_flops(work.model, self.matrices, recorded), 0.0
         if self.speed is not None:
-            for some, count in passes:
-                together = sum(map(self._pass_seconds, _in_batches(some)))
-                seconds += count * together + sum(some) * (count - 1) * vocabulary(work.model) * self.speed.logit
+            below = len(self.blocks) - self.above
+            seconds += sum(below * self.speed.forward(self._alike(size.computed, size.pairs)) for size in recorded)
+        remembered = 0
+        for groups, times in ((whole, 2 + -(-epochs // WHOLE)), (sample, epochs)):
+            sizes = [batch_size(group, None) for group in groups]
+            remembered += sum(size.labels for size in sizes)
+            once = step_flops(work.model, self.matrices, sizes, replay=True).forward
+            once += sum(size.labels for size in sizes) * head_flops(work.model)
+            flops += (1 + times) * once
+            seconds += (1 + times) * sum(map(self._metered_seconds, sizes))
+        width = int(text_config(work.model).hidden_size)
+        kept = recorded_bytes(work.model, self.matrices, sum(s.tokens for s in recorded), self.settings.dtype)
+        kept += remembered * width * self.settings.dtype.itemsize
+        largest = max((batch_size(group, None).computed for group in [*whole, *sample]), default=0)
         return _Metering(
-            kept_bytes=kept * vocabulary(work.model) * itemsize,
-            working_bytes=4 * self.entries + largest * 4 * LOGIT_COPIES * vocabulary(work.model),
-            flops=int(flops),
+            kept_bytes=0 if kept > MEMORY_SHARE * max(0, self.memory - self.begun) else kept,
+            working_bytes=largest * 4 * LOGIT_COPIES * vocabulary(work.model),
+            flops=flops,
             seconds=seconds,
         )
+
+    def _metered_seconds(self, size: BatchSize) -> float:
+        """Of texts once: the first matrix, the blocks above, the head twice, a divergence."""
+        if self.speed is None:
+            return 0.0
+        heads = 2 * size.labels * head_flops(self.work.model) / self.speed.head
+        first = 2 * self.shapes[0][0] * self.shapes[0][1] * size.tokens / self.speed.float32
+        blocks = self.above * self.speed.forward(self._alike(size.computed, size.pairs))
+        return first + blocks + heads + size.labels * vocabulary(self.work.model) * self.speed.logit
 
     def _step_seconds(self, size: BatchSize) -> float:
         """Of one batch: blocks above, head, loss, what is done with tokens and gradients of the matrices, Adam."""
@@ -451,7 +471,7 @@ class Planner:
 
 @dataclass(frozen=True, kw_only=True)
 class _Metering:
-    """What measuring drift takes during an edit: of logits that are kept, while it is measured, and in all."""
+    """What measuring drift takes during an edit: bytes that are kept, and while it is measured; flops and seconds."""
 
     kept_bytes: int
     working_bytes: int
@@ -473,3 +493,8 @@ def _in_batches(lengths: Sequence[int]) -> list[list[int]]:
             found.append([])
         found[-1].append(length)
     return found
+
+
+def _texts(lengths: Sequence[int]) -> list[EditRow]:
+    """Texts of such lengths as rows, of which every token but the first is a target."""
+    return [EditRow((0,) * length, 1) for length in lengths]

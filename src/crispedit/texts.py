@@ -215,8 +215,13 @@ def row_batches(model: Any, rows: Sequence[Sequence[int]], *, batch_tokens: int 
     Returns:
         The batches.
     """
+    return [pad(group) for group in row_groups(model, list(map(list, rows)), batch_tokens=batch_tokens)]
+
+
+def row_groups(model: Any, rows: Sequence[TokenRow], *, batch_tokens: int = 4096) -> list[list[TokenRow]]:
+    """Token rows as they go into batches, see :func:`row_batches`."""
     batch_tokens = min(batch_tokens, 2**27 // text_config(model).vocab_size, 2**23 // intermediate_width(model))
-    return [pad(group) for group in token_groups(sorted(map(list, rows), key=len), batch_tokens)]
+    return token_groups(sorted(rows, key=len), batch_tokens)
 
 
 def next_tokens(batch: TokenBatch) -> Tensor:

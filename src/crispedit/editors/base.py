@@ -13,14 +13,13 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..curvature import Curvature
-from ..drift_meter import DriftMeter
 from ..edits import Edit
 from ..errors import ConfigError, did_you_mean
 from ..models import EditMatrix, edit_matrices
 from ..progress import Progress
 from ..rows import EditRow, Prompter
 from ..subspace import Subspace
-from ..texts import CapabilityTexts
+from ..texts import CapabilityTexts, TokenBatch
 from ..training import Trace
 
 Presets = dict[str, dict[str, Any]]
@@ -129,7 +128,7 @@ class EditProblem:
         curvature: Of the capability loss, where there is one.
         texts: Capability texts, where there are any.
         train_edits: Other edits, for editors that learn how to edit.
-        drift: Measures the model as it is, on held-out texts; ``None`` without such texts.
+        held_out: Texts on which drift is measured, in batches, the shortest first; none where there are none.
         seed: For everything drawn at random.
         progress: To be called after every step.
     """
@@ -142,7 +141,7 @@ class EditProblem:
     curvature: Curvature | None
     texts: CapabilityTexts | None = None
     train_edits: Sequence[Edit] = ()
-    drift: DriftMeter | None = None
+    held_out: Sequence[TokenBatch] = ()
     seed: int
     progress: Progress
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted
 from ..curvature import Constraint, Curvature
+from ..drift_meter import DriftMeter
 from ..errors import ConfigError
 from ..models import EditMatrix
 from ..rotation import rotated
@@ -138,18 +139,19 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
     """A round per budget, the largest first; it spends at most that much."""
     assert config.budget is not None
     assert problem.curvature is not None
-    if problem.drift is None:
+    if not problem.held_out:
         raise ConfigError("a budget is measured on held-out texts, and this curvature has none: give --texts")
     rules = config.budget_rules(problem.curvature, problem.matrices)
     every = range(len(problem.edits))
     steps = config.epochs * -(-len(every) // rows_per_step(len(every), config.batch_size))
-    budget, originals = Budget.parse(config.budget), {matrix.name: matrix.weight.clone() for matrix in problem.matrices}
-    most = budget.nats(problem.drift.measure(originals)[1])
+    budget = Budget.parse(config.budget)
+    meter = DriftMeter(problem.model, problem.matrices, problem.held_out, problem.progress)
+    most = budget.nats(meter.measure()[1])
     ratio, largest = RATIO, [rule.parameter for rule in rules]
     for halvings in range(config.frontier):
         nats = most / 2**halvings
         with rotated(problem.matrices, [rule.frame for rule in rules]):
-            trainee = Budgeted(problem.matrices, rules, nats, problem.drift, steps, ratio)
+            trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio)
             trace = train_in(problem, config, trainee, every, lr=STEP)
             found = trainee.keep_within()
         ratio = trainee.ratio
@@ -161,4 +163,4 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
         )
     if config.frontier > 1:  # what is kept is the edit within the whole budget
         with rotated(problem.matrices, [rule.frame for rule in rules]):
-            Budgeted(problem.matrices, rules, most, problem.drift, steps).go_to(largest)
+            Budgeted(problem.matrices, rules, most, meter, steps).go_to(largest)
