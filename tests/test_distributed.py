@@ -71,7 +71,21 @@ def test_edited_weights_are_those_of_one_process(results, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("stage", ["factors", "training"])
+def test_an_edit_within_a_budget_is_that_of_one_process(results, size):
+    """The change, what was measured after every epoch, and what was taken back at the end: to 1e-5, as above."""
+    one, several = (together.read(results[n], "budget") for n in (1, size))
+    found, other = one[0]["found"], several[0]["found"]
+    assert 0.014 < found["drift"] <= 0.02
+    assert len(found["course"]) == 10
+    for before, after in zip(found["course"], other["course"], strict=True):
+        assert after == pytest.approx(before, rel=1e-4)  # a divergence is a small difference of logits
+    assert other["drift"] == pytest.approx(found["drift"], rel=1e-4)
+    for name, change in one[1].items():
+        assert float((several[1][name] - change).norm() / change.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stage", ["factors", "training", "budget"])
 def test_every_process_has_the_same_bits(results, size, stage):
     digests = together.read(results[size], stage)[0]["digests"]
     assert len(digests) == size

@@ -40,7 +40,9 @@ from crispedit import (
 )
 from crispedit import factors as factors_module
 from crispedit import training as training_module
+from crispedit.budget import DAMPING, STEP, Budgeted
 from crispedit.curvature import Curvature
+from crispedit.drift_meter import DriftMeter
 from crispedit.editors import editor_names
 from crispedit.edits import edits_from_rows
 from crispedit.factors import estimate_factors, estimate_second_moments
@@ -50,9 +52,9 @@ from crispedit.rows import EditRow
 from crispedit.sharding import shard_model, whole_state
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
-from crispedit.texts import pad, text_batches
-from crispedit.training import fine_tune
-from crispedit.updates import Coordinates, Projected, Unconstrained
+from crispedit.texts import pad, row_batches, text_batches
+from crispedit.training import fine_tune, train
+from crispedit.updates import Coordinates, PricedCoordinates, Projected, Unconstrained
 from reference import random_rows, tiny_gpt2, tiny_llama
 
 Found = tuple[dict[str, Any], dict[str, Tensor]]
@@ -124,6 +126,32 @@ def training() -> Found:
     return {"runs": numbers, "digests": distributed.gather(digest(tensors))}, tensors
 
 
+def within_budget(
+    model: Any, matrices: Sequence[Any], known: Sequence[Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An edit within a budget that is too small for it: what was measured after every epoch, and the change."""
+    rows = [EditRow(tuple(ids), len(ids) - 2) for ids in random_rows([5 + i % 4 for i in range(8)], 5)]
+    texts = [list(ids) for ids in random_rows([6 + i % 5 for i in range(14)], 11)]
+    rules = [PricedCoordinates(Subspace.of(Spectrum.of(f.A, f.G), 0.8), 0.0, DAMPING) for f in known]
+    with frozen(model), float32_masters(matrices):
+        before = [matrix.weight.clone() for matrix in matrices]
+        meter = DriftMeter(model, matrices, row_batches(model, texts, batch_tokens=30))
+        trainee = Budgeted(matrices, rules, 0.02, meter, steps=30)
+        train(model, matrices, trainee, rows, lr=10 * STEP, epochs=10, batch_size=3)
+        found = trainee.keep_within()
+        changed = {m.name: m.weight - old for m, old in zip(matrices, before, strict=True)}
+    return found, changed
+
+
+def budget() -> Found:
+    """An edit within a budget; batches that two and three do not divide."""
+    model = tiny_llama()
+    matrices = edit_matrices(model, [0, 1])
+    known = list(estimate_factors(model, matrices, texts_of(), fisher="empirical").values())
+    found, tensors = within_budget(model, matrices, known)
+    return {"found": found, "digests": distributed.gather(digest(tensors))}, tensors
+
+
 def sharded() -> Found:
     """Factors and steps of models of which every process holds a part; the last stage, for they stay in step."""
     tensors: dict[str, Tensor] = {}
@@ -145,6 +173,8 @@ def sharded() -> Found:
             fine_tune(model, matrices, rules, rows, lr=3e-3, epochs=7, batch_size=3)
             tensors |= {f"{label}/{m.name}": m.weight - old for m, old in zip(matrices, before, strict=True)}
         if label == "llama":
+            _, changed = within_budget(model, matrices, list(estimated.values()))
+            tensors |= {f"budget/{name}": change for name, change in changed.items()}
             tensors |= {f"whole/{name}": tensor for name, tensor in whole_state(model).items()}
     return {"fingerprint": fingerprint(model)}, tensors
 
@@ -203,7 +233,8 @@ def editors() -> Found:
 
 
 STAGES: dict[str, Callable[[], Found]] = {
-    "factors": factors, "training": training, "evaluation": evaluating, "editors": editors, "sharded": sharded,
+    "factors": factors, "training": training, "budget": budget, "evaluation": evaluating, "editors": editors,
+    "sharded": sharded,
 }  # fmt: skip
 
 
