@@ -12,7 +12,7 @@ import torch
 import together
 
 SIZES = (2, 3)
-STAGES = ["factors", "training", "evaluation", "sharded"]
+STAGES = ["factors", "training", "budget", "evaluation", "sharded"]
 
 
 def run(scenarios: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
