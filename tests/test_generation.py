@@ -371,3 +371,21 @@ def test_a_short_row_has_its_whole_context_beside_a_long_one():
     assert answers(model, prompter, prompts) == expected
     drafts = [[answer.ids] for answer in generation.answers(model, prompter, prompts)]
     assert answers(model, prompter, prompts, drafts=[[(*some[0], 9)] for some in drafts]) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_head_is_given_contiguous_hidden_states(name):
+    """Of a slice torch makes a product per row, each with a copy of the head."""
+    model, seen = tiny_model(name), []
+    prompter = Prompter(tiny_tokenizer(), eos=False)
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    generation.answers(model, prompter, ["a b c", "b c"], max_new_tokens=3)
+    handle.remove()
+    assert any(hidden.shape[0] == 2 and hidden.shape[1] == 1 for hidden in seen)
+    plain = [hidden.is_contiguous() for hidden in seen]
+    with generation.contiguous_head(model):
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        seen.clear()
+        generation.answers(model, prompter, ["a b c", "b c"], max_new_tokens=3)
+    assert not all(plain)
+    assert all(hidden.is_contiguous() for hidden in seen)

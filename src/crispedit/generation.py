@@ -27,6 +27,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from . import distributed, ranks
 from .errors import EditsError
+from .forward import contiguous_head
 from .models import CACHE, context_length
 from .progress import Progress, no_progress
 from .replay import RowLogits, row_logits
@@ -277,7 +278,7 @@ def _generate(model: Any, reader: _Reader, rows: Sequence[_Row]) -> None:
     cache = None
     while rows:
         settings.max_new_tokens = max(row.left for row in rows)
-        with _defaults(model, settings):
+        with _defaults(model, settings), contiguous_head(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
