@@ -2,18 +2,19 @@
 
     python benchmarks/budget.py --out out/budget.jsonl --json budget.json
     python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4
-    python benchmarks/budget.py --out out/budget.jsonl --model DIR --edits bundled:train
+    python benchmarks/budget.py --out out/budget.jsonl --model DIR --edits zsre.json --texts texts.jsonl --samples 250
     python benchmarks/budget.py --out out/budget.jsonl --mechanisms "trust region" priced mask filter "adam in the ball"
     python benchmarks/budget.py --table out/budget.jsonl
 
-Every run edits a fresh copy of the bundled model, or of another that ``crispedit.bundled.train`` made, with a seeded
-sample of the edits: within a budget (ten of them, by factors of two), by the trust region or by a mechanism that lost
+Every run edits a fresh copy of the bundled model, or of another with texts of its own, with a seeded sample of the
+edits: within a budget (ten of them, by factors of two), by the trust region or by a mechanism that lost
 (``mechanisms.py``); off a hard mask at an energy γ, with the rate that ``auto`` finds; and by plain fine-tuning. Asked
 without context are 200 of the edits. Drift is measured on the held-out texts, which a budget is kept on, and on others
 of the same kind, which nobody has seen. Finished runs are appended to --out and not repeated; the table compares every
 budget's run with the best γ that drifts no more.
 """
 
+import math
 import random
 import statistics
 import time
@@ -29,11 +30,11 @@ from crispedit.bundled import corpus, world
 from crispedit.capability import bundled_tasks, logits_of, measure_drift
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.jobs import capability_texts, has_tasks, read_edits
 from crispedit.models import frozen, load_model
 from crispedit.proof import spread
 from crispedit.rows import Prompter
-from crispedit.texts import text_batches
+from crispedit.texts import load_texts, text_batches
 from crispedit.wild import ask, questions, score
 
 BUDGETS = tuple(0.0005 * 2**power for power in range(10))
@@ -51,17 +52,21 @@ class Bench:
     Args:
         model: Its name.
         edits: The edits' name.
+        file: Of capability texts; the bundled ones when omitted.
+        samples: How many of them are used; a fifth is held out.
     """
 
-    def __init__(self, model: str, edits: str) -> None:
+    def __init__(self, model: str, edits: str, file: Path | None = None, samples: int | None = None) -> None:
         self.model, self.base = model, load_model(model)
-        world.SEED = self.base.model.config.crispedit_world  # before anything is drawn from it
+        if has_tasks(self.base.model):
+            world.SEED = self.base.model.config.crispedit_world  # before anything is drawn from it
         self.edits = list(read_edits(edits))
-        texts = capability_texts("bundled", None, None, 0)
+        texts = capability_texts("bundled", file, samples, 0)
         assert texts is not None
         self.texts = texts
         known = {*texts.fit, *texts.held_out}
-        more = corpus.capability_texts(corpus.NUM_CAPABILITY_TEXTS + 2 * FRESH)[corpus.NUM_CAPABILITY_TEXTS :]
+        count = corpus.NUM_CAPABILITY_TEXTS
+        more = corpus.capability_texts(count + 2 * FRESH)[count:] if file is None else shuffled(load_texts(file))
         self.fresh = [text for text in dict.fromkeys(more) if text not in known][:FRESH]
         self.curvatures: dict[int, Curvature] = {}
 
@@ -86,7 +91,7 @@ class Bench:
         prompter = Prompter.of(loaded.model, loaded.tokenizer)
         asked = questions(spread(chosen, ASKED))
         scores = score(asked, [answer.text for answer in ask(loaded.model, prompter, asked, "no_context")])
-        tasks = bundled_tasks(loaded.model, prompter, count=PROBES)
+        tasks = bundled_tasks(loaded.model, prompter, count=PROBES) if has_tasks(loaded.model) else {}
         batches = text_batches(loaded.model, loaded.tokenizer, self.fresh)
         with frozen(loaded.model), frozen(self.base.model):
             fresh = measure_drift(logits_of(self.base.model), logits_of(loaded.model), batches)
@@ -103,12 +108,18 @@ class Bench:
             "stopped_early": training["stopped_early"],
             "lr": max(training["learning_rates"]),
             "epochs": len(training["epoch_losses"]),
-            "abilities": statistics.mean(tasks.values()),
+            "abilities": statistics.mean(tasks.values()) if tasks else None,
             "tasks": tasks,
             "relative_change": max(change["relative"] for change in result.metrics["matrices"]),
             "seconds": round(result.metrics["seconds"]["edit"], 1),
             "seconds_in_all": round(seconds, 1),
         }
+
+
+def shuffled(texts: list[str]) -> list[str]:
+    """Texts in another order than those that are used were drawn in."""
+    random.Random(1).shuffle(texts)
+    return texts
 
 
 def cases(args: Any) -> list[dict[str, Any]]:
@@ -136,10 +147,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["model"], row["size"], row["mechanism"], row["value"]), []).append(row)
     for (model, size, name_of_it, value), some in groups.items():
-        mean = {
-            name: statistics.mean(row[name] for row in some)
-            for name in ("drift", "fresh_drift", "reliability", "generalization", "locality", "abilities", "seconds")
-        }
+        names = ("drift", "fresh_drift", "reliability", "generalization", "locality", "abilities", "seconds")
+        mean = {name: statistics.mean(math.nan if row[name] is None else row[name] for row in some) for name in names}
         rivals = [_rival(row, rows) for row in some] if name_of_it != ENERGY else []
         beside = ""
         if rivals and None not in rivals:
@@ -174,6 +183,8 @@ def main() -> None:
     parser = runs.options(__doc__)
     parser.set_defaults(edits="bundled:train")
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--texts", type=Path, help="capability texts of another model")
+    parser.add_argument("--samples", type=int, help="so many of the texts")
     parser.add_argument("--sizes", nargs="+", type=int, default=[200])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS))
@@ -184,7 +195,7 @@ def main() -> None:
     if args.table is not None:
         print(table(runs.read(args.table)))
         return
-    bench = Bench(args.model, args.edits)
+    bench = Bench(args.model, args.edits, args.texts, args.samples)
     for case in cases(args):
         if not any(case.items() <= row.items() for row in runs.read(args.out)):
             runs.record(args.out, case, lambda case=case: bench.run(case))  # type: ignore[misc]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted
+from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted, linear_drift
 from ..curvature import Constraint, Curvature
 from ..drift_meter import DriftMeter
 from ..errors import ConfigError
@@ -151,7 +151,9 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
     for halvings in range(config.frontier):
         nats = most / 2**halvings
         with rotated(problem.matrices, [rule.frame for rule in rules]):
-            trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio)
+            if halvings == 0:
+                linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
+            trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio, linear)
             trace = train_in(problem, config, trainee, every, lr=STEP)
             found = trainee.keep_within()
         ratio = trainee.ratio
