@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from builders import curvature_of
+from crispedit import budget as budget_module
 from crispedit import cli, jobs, updates
-from crispedit.budget import AIM, DAMPING, LEARN, RATIO, Budget, Budgeted
+from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, Budget, Budgeted, linear_drift
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
 from crispedit.curvature import Curvature
@@ -20,11 +21,12 @@ from crispedit.factors import Factors
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import edit_matrices, frozen, load_model
 from crispedit.natural import NaturalDescent
+from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.texts import text_batches
 from crispedit.updates import PricedCoordinates, PricedLeading
-from reference import random_factor, relative, tiny_llama
+from reference import random_factor, random_rows, relative, tiny_llama
 
 D_OUT, D_IN = 10, 14
 
@@ -44,7 +46,7 @@ def subspace(form="auto", shape=(D_OUT, D_IN), seed=0) -> Subspace:
 
 @pytest.mark.parametrize(
     ("given", "nats", "said"),
-    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%")],
+    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%"), ("auto", 0.02, "1%")],
 )
 def test_a_budget_is_nats_or_a_share_of_the_base_models_loss(given, nats, said):
     budget = Budget.parse(given)
@@ -191,17 +193,68 @@ def test_steps_are_those_of_the_formula_in_float64():
             assert relative(found.double(), wanted) < 1e-5  # float32
 
 
+# ---------------------------------------------------------------- what edits need
+
+
+def some_rows(count: int) -> list[EditRow]:
+    ids = random_rows([6 + i % 4 for i in range(count)], 5)
+    return [EditRow(tuple(row), len(row) - 1 - i % 3) for i, row in enumerate(ids)]
+
+
+def needed(rows: list[EditRow]) -> tuple[float, float]:
+    """What is found, and the same by the definition: the whole loss, its gradient, every direction."""
+    model = tiny_llama()
+    matrices = edit_matrices(model, None)
+    rules = [PricedCoordinates(subspace("auto", m.shape, m.layer), 0.0, DAMPING) for m in matrices]
+    wanted = [matrix.parameter.requires_grad_() for matrix in matrices]
+    losses = []
+    for row in rows:
+        logs = model(torch.tensor([row.ids])).logits[0, :-1].double().log_softmax(-1)
+        losses += [-logs[place - 1, row.ids[place]] for place in range(row.prompt_length, len(row.ids))]
+    loss = torch.stack(losses).mean()
+    square = 0.0
+    for matrix, gradient, rule in zip(matrices, torch.autograd.grad(loss, wanted), rules, strict=True):
+        left, right = rule.spectrum.output_basis.double(), rule.spectrum.input_basis.double()
+        turned = left.T @ matrix.as_weight(gradient).double() @ right
+        square += float((turned.square() / rule.metric.double()).sum())
+    return linear_drift(model, matrices, rules, rows), 0.5 * loss.item() ** 2 / square
+
+
+def test_what_edits_need_if_their_loss_is_linear_by_the_definition():
+    found, expected = needed(some_rows(11))
+    assert found == pytest.approx(expected, rel=1e-4)  # gradients in float32
+
+
+def test_of_many_edits_some_are_looked_at(monkeypatch):
+    monkeypatch.setattr(budget_module, "LOOKED_AT", 4)
+    rows = some_rows(12)
+    found, _ = needed(rows)
+    of_some, _ = needed([rows[0], rows[3], rows[6], rows[9]])
+    assert found == pytest.approx(3 * of_some, rel=1e-6)
+
+
+def test_steps_are_no_longer_in_a_ball_that_is_larger_than_needed():
+    with torch.no_grad():
+        lengths = {}
+        for budget in (0.5, 1.0, 100.0):
+            tiny = Tiny(budget=budget, linear=1.0 * AIM / RATIO / REACH)  # a budget of 1 is just enough
+            lengths[budget] = tiny.budgeted.optimizer(STEP).param_groups[0]["lr"]
+        assert lengths[1.0] == pytest.approx(STEP * math.sqrt(2 * AIM / RATIO))
+        assert lengths[0.5] == pytest.approx(lengths[1.0] / math.sqrt(2))
+        assert lengths[100.0] == lengths[1.0]
+
+
 # ---------------------------------------------------------------- how the ball follows what is measured
 
 
 class Tiny:
     """Two matrices of a tiny model, their rules, and a drift that is so many times what is predicted."""
 
-    def __init__(self, budget: float, times: float = 10.0) -> None:
+    def __init__(self, budget: float, times: float = 10.0, linear: float = math.inf) -> None:
         self.matrices = edit_matrices(tiny_llama(), None)
         self.rules = [PricedCoordinates(subspace("auto", m.shape, m.layer), 0.0, DAMPING) for m in self.matrices]
         self.times, self.measurements = times, 0
-        self.budgeted = Budgeted(self.matrices, self.rules, budget, self, steps=10)
+        self.budgeted = Budgeted(self.matrices, self.rules, budget, self, steps=10, linear=linear)
 
     def measure(self) -> tuple[float, float]:
         self.measurements += 1

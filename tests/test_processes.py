@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from crispedit.assumed import Method
-from crispedit.costs import recording_flops
+from crispedit.budget import DAMPING, linear_drift
+from crispedit.costs import block_costs, recording_flops
 from crispedit.drift_meter import DriftMeter
 from crispedit.errors import ConfigError
 from crispedit.forward import batch_size
@@ -21,10 +22,14 @@ from crispedit.planning import plan_edit
 from crispedit.processes import ALONE, Processes
 from crispedit.replay import row_logits
 from crispedit.rows import EditRow
+from crispedit.spectrum import Spectrum
 from crispedit.stages import Planner
+from crispedit.subspace import Subspace
 from crispedit.texts import row_batches
+from crispedit.updates import PricedCoordinates
 from crispedit.workload import Settings
 from families import tiny_model
+from reference import random_factor
 from test_planning import GB, SETTINGS, WORK
 
 SHARDED = """
@@ -123,7 +128,8 @@ def test_a_shard_takes_less_memory_and_asks_everywhere():
 def test_drift_is_measured_by_all_processes(shard):
     """Each a part of it, or, where each has a part of the model, all of it.
 
-    A part of the sample lies outside a process's part of all texts: it is recorded for itself.
+    A part of the sample lies outside a process's part of all texts: it is recorded for itself. What the edits need is
+    estimated everywhere.
     """
     budget, priced = (of(2, shard, method=Method(update="priced", budget=within))["edit"] for within in (True, False))
     alone = of(1, method=Method(budget=True))["edit"].flops - of(1, method=Method(update="priced"))["edit"].flops
@@ -133,7 +139,29 @@ def test_drift_is_measured_by_all_processes(shard):
     else:
         matrices = edit_matrices(WORK.model, SETTINGS.layers)
         sample = recording_flops(WORK.model, matrices, [batch_size([EditRow((0,) * 256, 1)] * 4, None)])
-        assert 2 * (budget.flops - priced.flops) - alone == 2 * sample
+        needed = Planner(WORK, dataclasses.replace(SETTINGS, method=Method(budget=True)), GB, None)._needed_flops()
+        assert 2 * (budget.flops - priced.flops) - alone == 2 * sample + needed
+
+
+def test_what_edits_need_costs_what_torch_counts():
+    """But for the MLP of the last block, which is counted at every position and run before targets only."""
+    model = tiny_model("llama").requires_grad_(False)
+    model.set_attn_implementation("eager")
+    matrices, rows = edit_matrices(model, [1, 2]), [EditRow(tuple(range(n, n + 12)), 8) for n in range(20)]
+    rules = []
+    for matrix in matrices:
+        matrix.parameter.requires_grad_()
+        G, A = (random_factor(torch.ones(size).double(), seed=size).float() for size in matrix.shape)
+        rules.append(PricedCoordinates(Subspace.of(Spectrum.of(A, G), 0.5), 0.0, DAMPING))
+    with FlopCounterMode(display=False) as counter:
+        linear_drift(model, matrices, rules, rows)
+    turned = sum(2 * d_out * d_in * (d_out + d_in) for d_out, d_in in (matrix.shape for matrix in matrices))
+    settings = Settings(
+        layers=(1, 2), dtype=torch.float32, batch_size=32, mapped=False, kind="dense", method=Method(budget=True)
+    )
+    found = Planner(dataclasses.replace(WORK, model=model, rows=rows), settings, GB, None)._needed_flops()
+    without_loss = sum(row.prompt_length - 1 for row in rows)
+    assert found - block_costs(model)[-1].mlp * without_loss == counter.get_total_flops() - turned
 
 
 def test_measuring_drift_costs_what_torch_counts():

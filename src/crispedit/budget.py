@@ -47,6 +47,8 @@ LEARN = 2.0
 """That ratio changes at most by this factor from epoch to epoch."""
 WITHIN = 0.99
 """The share of the budget that is kept when too much was spent and is taken back."""
+DEFAULT = 0.01
+"""What ``auto`` stands for, a share of the base model's loss on the texts; see docs/decisions.md."""
 TRIES = 12
 """Measurements at most while that is done; each learns how far off the prediction is."""
 
@@ -65,7 +67,7 @@ class Budget:
 
     @classmethod
     def parse(cls, given: "str | float | Budget") -> "Budget":
-        """Reads a budget: a number of nats per token, or a percentage of the base model's loss such as ``1%``.
+        """Reads a budget: nats per token, a percentage of the base model's loss such as ``1%``, or ``auto`` (1%).
 
         Args:
             given: The number, or what the user wrote.
@@ -79,6 +81,8 @@ class Budget:
         if isinstance(given, Budget):
             return given
         text = str(given).strip()
+        if text == "auto":
+            return cls(share=DEFAULT)
         try:
             value = float(text.removesuffix("%"))
         except ValueError:
@@ -86,7 +90,7 @@ class Budget:
         if not 0 < value < math.inf:
             raise ConfigError(
                 f"budget is '{given}'; it must be nats per token above 0, such as 0.01, or a share of the base "
-                "model's loss, such as 1%"
+                "model's loss, such as 1%, which auto stands for"
             )
         return cls(share=value / 100) if text.endswith("%") else cls(amount=value)
 

@@ -236,7 +236,7 @@ def edit(
     energy: Annotated[float | None, typer.Option(help="γ in [0, 1), 0.9 by default; 0 is plain fine-tuning.")] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="The most drift, in nats per token or as a share of the base's loss (1%); in place of γ."),
+        typer.Option(help="The most drift, in nats per token, or of the base's loss (1%, or auto); in place of γ."),
     ] = None,
     frontier: Annotated[
         int | None, typer.Option(help="Edit within so many budgets, each half of the next, and show what they buy.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .assumed import choose
+from .budget import LOOKED_AT
 from .costs import (
     EIGH_BYTES,
     Shape,
@@ -252,6 +253,8 @@ class Planner:
         num_bytes = self.begun + looping + (0 if self.mapped else self.recorded)
         num_bytes += metering.kept_bytes if metering else 0
         alike_everywhere = recording_flops(work.model, self.matrices, work.recording()) + self.steps * self.step.update
+        if self.settings.method.budget:
+            alike_everywhere += self._needed_flops()
         passes = self.steps * (self.step.forward + self.step.backward)
         flops = alike_everywhere + passes + (metering.flops if metering else 0)
         of_all = self.processes.size * alike_everywhere + passes * self.batch // self.processes.part(self.batch)
@@ -305,6 +308,13 @@ class Planner:
             flops=flops,
             seconds=seconds,
         )
+
+    def _needed_flops(self) -> int:
+        """Of a gradient over some rows, which says what the edits need (:func:`crispedit.budget.linear_drift`)."""
+        rows = spread(self.work.rows, LOOKED_AT)
+        sizes = [batch_size(rows[first : first + 8], None) for first in range(0, len(rows), 8)]
+        found = step_flops(self.work.model, self.matrices, sizes, replay=False)
+        return found.forward + found.backward
 
     def _metered_seconds(self, size: BatchSize) -> float:
         """Of texts once: the first matrix, the blocks above, the head twice, a divergence."""
