@@ -11,7 +11,7 @@ edits: within a budget (ten of them, by factors of two), by the trust region or 
 (``mechanisms.py``); off a hard mask at an energy γ, with the rate that ``auto`` finds; and by plain fine-tuning. Asked
 without context are 200 of the edits. Drift is measured on the held-out texts, which a budget is kept on, and on others
 of the same kind, which nobody has seen. Finished runs are appended to --out and not repeated; the table compares every
-budget's run with the best γ that drifts no more.
+budget's run with the best γ that drifts no more. --json has a list of the runs within budgets.
 """
 
 import math
@@ -178,6 +178,17 @@ def _rival(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any
     return max(others, key=lambda other: other["reliability"] + other["generalization"], default=None)
 
 
+def beside_energies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs within budgets, each with the best run at a fixed γ that drifts no more, ``best_energy``, if any."""
+    names = ("value", "drift", "reliability", "generalization", "locality")
+    found = []
+    for row in rows:
+        if row["mechanism"] != ENERGY:
+            rival = _rival(row, rows)
+            found.append({**row, "best_energy": rival and {name: rival[name] for name in names}})
+    return found
+
+
 def main() -> None:
     """Runs what is missing, and prints the table."""
     parser = runs.options(__doc__)
@@ -202,7 +213,7 @@ def main() -> None:
     found = runs.read(args.out)
     print(table(found))
     if args.json is not None:
-        write_json(args.json, {"runs": found})
+        write_json(args.json, beside_energies(found))
 
 
 if __name__ == "__main__":
