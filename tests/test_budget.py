@@ -46,7 +46,7 @@ def subspace(form="auto", shape=(D_OUT, D_IN), seed=0) -> Subspace:
 
 @pytest.mark.parametrize(
     ("given", "nats", "said"),
-    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%"), ("auto", 0.02, "1%")],
+    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%"), ("auto", 0.04, "2%")],
 )
 def test_a_budget_is_nats_or_a_share_of_the_base_models_loss(given, nats, said):
     budget = Budget.parse(given)

@@ -47,7 +47,7 @@ LEARN = 2.0
 """That ratio changes at most by this factor from epoch to epoch."""
 WITHIN = 0.99
 """The share of the budget that is kept when too much was spent and is taken back."""
-DEFAULT = 0.01
+DEFAULT = 0.02
 """What ``auto`` stands for, a share of the base model's loss on the texts; see docs/decisions.md."""
 TRIES = 12
 """Measurements at most while that is done; each learns how far off the prediction is."""
@@ -67,7 +67,7 @@ class Budget:
 
     @classmethod
     def parse(cls, given: "str | float | Budget") -> "Budget":
-        """Reads a budget: nats per token, a percentage of the base model's loss such as ``1%``, or ``auto`` (1%).
+        """Reads a budget: nats per token, a percentage of the base model's loss such as ``1%``, or ``auto`` (2%).
 
         Args:
             given: The number, or what the user wrote.
@@ -90,7 +90,7 @@ class Budget:
         if not 0 < value < math.inf:
             raise ConfigError(
                 f"budget is '{given}'; it must be nats per token above 0, such as 0.01, or a share of the base "
-                "model's loss, such as 1%, which auto stands for"
+                "model's loss, such as 1%; auto is 2%"
             )
         return cls(share=value / 100) if text.endswith("%") else cls(amount=value)
 

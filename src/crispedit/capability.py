@@ -94,7 +94,7 @@ class TextSums:
         return replace(self, drift=torch.zeros_like(self.drift), loss=self.loss_base)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def drift_of_texts(
     base: Logits, edited: Logits, batches: Sequence[TokenBatch], *, progress: Progress = no_progress
 ) -> TextSums:
@@ -205,7 +205,7 @@ def bundled_items(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _next_tokens_right(model: Any, tokenizer: Any, texts: Sequence[str]) -> TaskItems:
     """Per text, how many next tokens are the model's first choice."""
     logits = logits_of(model)

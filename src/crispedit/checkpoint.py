@@ -4,6 +4,7 @@ Both forms hold ``crispedit.json``, from which the run can be repeated; that of 
 which. Tensors are safetensors; nothing is unpickled.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from .artifacts import check_space, read_json, write_json
 from .errors import ArtifactError, EditFailed, ModelError, check_choice
 from .models import DTYPES, EditMatrix, LoadedModel, load_model, model_directory
+from .offload import State
 from .patch import Patch, apply_to
 
 RECORD, PATCH = "crispedit.json", "patch.safetensors"
@@ -81,13 +83,21 @@ def write_model(
     """
     architectures = model.config.architectures
     check_space(directory, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
-    cast: dict[tuple[int, torch.Size], Tensor] = {}  # by address: tied tensors stay tied, and are stored once
+    cast: dict[Any, Tensor] = {}  # by address: tied tensors stay tied, and are stored once
+    waits = {name for name, t in model.state_dict().items() if t.is_meta} if state is None else set()
     state = {
-        name: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype) if t.dtype == model.dtype else t)
-        for name, t in (model.state_dict() if state is None else state).items()
+        # what is read from elsewhere is not tied, and where it was others may come to lie
+        name: cast.setdefault(
+            name if name in waits else (t.data_ptr(), t.shape), t.to(dtype) if t.dtype == model.dtype else t
+        )
+        for name, t in (State(model) if state is None else state).items()
     }
     try:
-        model.save_pretrained(directory, state_dict=state)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Attempting to save a model with offloaded modules"
+            )  # they are in the state
+            model.save_pretrained(directory, state_dict=state)
         tokenizer.save_pretrained(directory)
     except SafetensorError as error:  # safetensors reports a full disk as its own error
         raise ArtifactError(f"cannot write the model: {error}") from error
@@ -144,7 +154,7 @@ def read_back(model: Any, directory: Path, dtype: torch.dtype) -> Any:
         directory, dtype=model.dtype, use_safetensors=True, attn_implementation=attention
     )
     found, parameters, wrong = read.state_dict(), dict(read.named_parameters()), []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in State(model).items():
         wanted = tensor.to(dtype).to(tensor.dtype) if tensor.dtype == model.dtype else tensor
         if name not in found or not torch.equal(found[name], wanted.to("cpu", found[name].dtype)):
             wrong.append(name)

@@ -7,7 +7,7 @@ nothing written; 130 interrupted.
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -29,6 +29,7 @@ from .options import (
     Limit,
     Model,
     NoEos,
+    Offload,
     Overwrite,
     Samples,
     Seed,
@@ -92,6 +93,7 @@ def curvature(
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    offload: Offload = None,
     shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
@@ -104,7 +106,7 @@ def curvature(
     from .artifacts import check_writable
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
-    from .models import edit_matrices, find_device, parse_layers
+    from .models import edit_matrices, find_device, load_skeleton, parse_layers
     from .sharding import check_shard, shard_model
     from .threshold import check_energy
 
@@ -125,7 +127,12 @@ def curvature(
     from .console import print_curvature
 
     with bars() as progress:
-        loaded = _load(model, device, dtype, device_map, trust_remote_code, shard=shard)
+        first = 0
+        if offload is not None:
+            skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=False).model
+            first = edit_matrices(skeleton, chosen)[0].layer
+        where = {"shard": shard, "offload": offload, "first_edited": first}
+        loaded = _load(model, device, dtype, device_map, trust_remote_code, **where)
         if shard:
             shard_model(loaded.model, edit_matrices(loaded.model, chosen), find_device(device))
         found = Curvature.estimate(
@@ -258,6 +265,7 @@ def edit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    offload: Offload = None,
     shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
@@ -318,7 +326,7 @@ def edit(
         check_plot(plot)
     with bars() as progress:
         options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        result = job.run(**options, shard=shard, progress=progress)  # type: ignore[arg-type]  # of several types
+        result = job.run(**options, offload=offload, shard=shard, progress=progress)  # type: ignore[arg-type]  # of several types
         result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above
     from .console import out as stdout
     from .console import print_proof
@@ -522,12 +530,12 @@ def ask(
 
 
 def _load(
-    name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool, *, shard: bool = False
+    name: str, device: str, dtype: str, device_map: str | None, trust_remote_code: bool, **where: Any
 ) -> "LoadedModel":
     from .checkpoint import load_edited
 
     options = {"device": device, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    return load_edited(name, **options, shard=shard)
+    return load_edited(name, **options, **where)
 
 
 def _texts(model: str, path: Path | None, samples: int | None, seed: int) -> "CapabilityTexts | None":
@@ -628,6 +636,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("ACCELERATE_LOG_LEVEL", "error")
     if ranks.launched() > 1:  # that a connection broke is said in one line, by us
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

@@ -154,7 +154,7 @@ def _defaults(model: Any, settings: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answers(
     model: Any,
     prompter: Prompter,

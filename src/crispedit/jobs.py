@@ -48,6 +48,7 @@ from .models import (
     fingerprint,
     frozen,
     load_model,
+    load_skeleton,
     parse_layers,
     tokenizer_hash,
 )
@@ -105,6 +106,12 @@ def capability_texts(model: str, path: Path | None, samples: int | None, seed: i
     if model == BUNDLED:
         return split_texts(corpus.capability_texts(), source=BUNDLED, samples=samples, seed=seed)
     return None
+
+
+def first_edited(name: str, config: Any, layers: Sequence[int] | None, **options: Any) -> int:
+    """The first decoder block that an editor's configuration has to do with, found without a weight."""
+    skeleton = load_skeleton(name, tokenizer=False, **options)
+    return int(config.matrices(skeleton.model, layers)[0].layer)
 
 
 def check_same(
@@ -217,6 +224,7 @@ class EditJob:
         device: str = "auto",
         dtype: str = "auto",
         device_map: str | None = None,
+        offload: str | None = None,
         shard: bool = False,
         trust_remote_code: bool = False,
         progress: Progress = no_progress,
@@ -227,6 +235,7 @@ class EditJob:
             device: As in :func:`crispedit.models.load_model`, like the next three.
             dtype: See there.
             device_map: See there.
+            offload: Where blocks below the first edited one wait; see there.
             shard: Whether the model is divided among the processes (:mod:`crispedit.sharding`).
             trust_remote_code: See there.
             progress: Called during every longer step.
@@ -253,17 +262,22 @@ class EditJob:
             raise ArtifactError(f"'{self.edits}' has other edits than the recorded run; give the file it was made from")
         texts = capability_texts(self.model, self.texts, self.samples, self.seed)
         found = Curvature.load(self.curvature) if self.curvature is not None else None
+        named = layers if layers is not None or found is None else found.layers
+        first = 0
+        if offload is not None:
+            first = first_edited(self.model, config, named, dtype=dtype, trust_remote_code=trust_remote_code)
         loaded = load_model(
             self.model,
             device=device,
             dtype=dtype,
             device_map=device_map,
+            offload=offload,
+            first_edited=first,
             shard=shard,
             trust_remote_code=trust_remote_code,
         )
         model, tokenizer = loaded.model, loaded.tokenizer
         if shard:
-            named = layers if layers is not None or found is None else found.layers
             shard_model(model, config.matrices(model, named), find_device(device))
         check_same(loaded, edit_set, texts, found, self)
         # what is wrong with the rows is said before minutes go into a curvature

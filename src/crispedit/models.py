@@ -8,8 +8,11 @@ GPT-2's ``Conv1D`` stores Wᵀ. That is known here and nowhere else: :attr:`Edit
 (d_out, d_in).
 """
 
+import atexit
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -26,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from . import distributed, ranks
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
+from .offload import State, check_place, name_devices, waiting
 from .shapes import shape_config
 
 BUNDLED = "bundled"
@@ -97,6 +101,8 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | None = None,
+    offload: str | None = None,
+    first_edited: int = 0,
     shard: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -107,6 +113,9 @@ def load_model(
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
         dtype: ``auto`` (the checkpoint's; float16 becomes float32 on a CPU), or a name in ``DTYPES``.
         device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
+        offload: Where the decoder blocks below the first edited one wait until they are run: ``cpu`` or ``disk``
+            (needs accelerate).
+        first_edited: The first block that does not wait there.
         shard: Leave the weights in main memory, mapped from their files: :func:`crispedit.sharding.shard_model` is
             to bring its part to every device.
         trust_remote_code: Whether code shipped with the model may run.
@@ -117,23 +126,33 @@ def load_model(
     Raises:
         ModelError: There is no such model, it is no causal LM with safetensors weights, some are
             missing, it is quantised, or it has no tokenizer.
-        ConfigError: No such device or dtype, or a device map for one of several processes.
+        ConfigError: No such device or dtype; or a device map, or blocks that wait, for one of several processes.
     """
     source, target = _checked_source(name, dtype), find_device(device)
-    if device_map is not None and ranks.joined():
+    check_place(offload, target)
+    if (device_map or offload) is not None and ranks.joined():
         raise ConfigError("a device map spreads a model over the devices of one process; with several, leave it out")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _explained(name):
         config = _float_config(name, source, options)
         stored = _stored_dtype(config)
         wanted = _computing_dtype(stored, dtype, target if device_map is None else None)
+        places: Any = device_map
+        if offload is not None:
+            skeleton = _skeleton(config, wanted, options)
+            places = waiting(skeleton, decoder_blocks(skeleton)[0], first_edited, offload, target)
+            if wanted != stored:  # what waits on disk is written there anew
+                options["offload_folder"] = kept = tempfile.mkdtemp(prefix="crispedit-offload-")
+                atexit.register(shutil.rmtree, kept, ignore_errors=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, device_map=device_map, output_loading_info=True, **options
+            source, dtype=wanted, use_safetensors=True, device_map=places, output_loading_info=True, **options
         )
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if device_map is None and not shard:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if offload is not None:
+        name_devices(model)
+    if places is None and not shard:
         model.to(target)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=name, stored_dtype=stored)
 
@@ -167,12 +186,15 @@ def load_skeleton(
     with _explained(name):
         config = _float_config(name, source, options) if shape is None else shape
         stored = _stored_dtype(config)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=_computing_dtype(stored, dtype, target), **options
-            )
+        model = _skeleton(config, _computing_dtype(stored, dtype, target), options)
         read = transformers.AutoTokenizer.from_pretrained(source, **options) if tokenizer else None
     return LoadedModel(model=model.eval(), tokenizer=read, name=name, stored_dtype=stored)
+
+
+def _skeleton(config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """A model of a configuration without a weight."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
 def _lacks_tokenizer(directory: Path) -> bool:
@@ -451,7 +473,7 @@ def fingerprint(model: Any) -> str:
 
     It costs milliseconds per gigabyte, and two checkpoints of one architecture differ in it.
     """
-    return hashlib.sha256(json.dumps(sorted(tensor_fingerprints(model.state_dict()).items())).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(tensor_fingerprints(State(model)).items())).encode()).hexdigest()
 
 
 def tensor_fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:

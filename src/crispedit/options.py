@@ -12,6 +12,9 @@ Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices, e.g. auto (needs accelerate).")]
+Offload = Annotated[
+    str | None, typer.Option(help="Blocks below the first edited one wait on the cpu or disk (needs accelerate).")
+]
 Shard = Annotated[bool, typer.Option("--shard", help="Divide the model among the processes of torchrun (FSDP2).")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code shipped with the model.")]
 Texts = Annotated[Path | None, typer.Option(help="Capability texts: .jsonl or .json with 'text', or .txt.")]

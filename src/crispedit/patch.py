@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .artifacts import check_space, write_tensors
-from .errors import ArtifactError, ModelError
+from .errors import ArtifactError, ConfigError, ModelError
 from .models import tensor_fingerprints
+from .offload import State
 
 FORMAT = 1
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -276,17 +277,18 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self.parameters, self.computed, self.dtype = dict(model.named_parameters()), model.dtype, dtype
+        self.state, self.computed, self.dtype = State(model), model.dtype, dtype
+        self.names = [name for name, _ in model.named_parameters()]
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.parameters[name].detach()
+        tensor = self.state[name].detach()
         return tensor.to(self.dtype) if tensor.dtype == self.computed else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.parameters)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.parameters)
+        return len(self.names)
 
 
 @torch.no_grad()
@@ -297,8 +299,13 @@ def apply_to(model: Any, patch: Patch, dtype: torch.dtype) -> None:
         model: Changed in place, or not at all.
         patch: The patch.
         dtype: The checkpoint's dtype.
+
+    Raises:
+        ConfigError: What it changes waits elsewhere (:mod:`crispedit.offload`).
     """
     new = patch.applied(StoredTensors(model, dtype))
+    if waits := [name for name in new if model.get_parameter(name).is_meta]:
+        raise ConfigError(f"the patch changes {waits[0]}, which waits elsewhere: leave --offload out")
     for name, tensor in new.items():
         model.get_parameter(name).copy_(tensor)
 

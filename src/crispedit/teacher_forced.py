@@ -186,7 +186,7 @@ def locality_choices(
     return {row: reading.choices for row, reading in read.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_rows(model: Any, rows: Iterable[EditRow], progress: Progress = no_progress) -> dict[EditRow, Reading]:
     """What a model makes of the targets of rows, each different row read once.
 

@@ -1,0 +1,124 @@
+"""Blocks that wait on disk or elsewhere: the same model, the same edit, and nothing is read while it is trained."""
+
+import hashlib
+
+import pytest
+import torch
+from accelerate.utils import OffloadedWeightsLoader
+
+from crispedit import cli
+from crispedit.budget import Budgeted
+from crispedit.checkpoint import load_edited
+from crispedit.editing import edit
+from crispedit.errors import ConfigError
+from crispedit.models import decoder_blocks, fingerprint, load_model
+from crispedit.offload import State, waiting
+from families import CHATML, FAMILIES, tiny_model, tiny_tokenizer
+
+EDITS = [{"prompt": "Ada lives in", "target": "Rome"}, {"prompt": "The sky is", "target": "red"}]
+TEXTS = [f"{who} lives in {place} ." for who in ("Ada", "Bob", "Eve") for place in ("Rome", "Oslo", "Bern", "York")]
+SETTINGS = {"layers": [2, 3], "texts": TEXTS, "chat": "off", "budget": "5%"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny model of four blocks with its tokenizer, as anyone would publish it."""
+
+    def write(name="llama", dtype=torch.float32) -> str:
+        directory = tmp_path / name
+        tiny_model(name, dtype=dtype).save_pretrained(directory)
+        tiny_tokenizer(chat_template=CHATML).save_pretrained(directory)
+        return str(directory)
+
+    return write
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The tensors that are brought from where they wait."""
+    found = []
+    get = OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", lambda self, name: found.append(name) or get(self, name))
+    return found
+
+
+def hashes(directory):
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_everything_has_one_place_and_blocks_below_wait(name):
+    model = tiny_model(name)
+    path, blocks = decoder_blocks(model)
+    places = waiting(model, path, 2, "disk", torch.device("cpu"))
+    for tensor in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
+        (where,) = [place for part, place in places.items() if f"{tensor}.".startswith(f"{part}.")]
+        below = any(tensor.startswith(f"{path}.{number}.") for number in (0, 1))
+        assert where == ("disk" if below else "cpu"), tensor
+    assert len(blocks) > 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.float16, "auto")]
+)
+def test_a_model_of_which_blocks_wait_is_the_same_model(name, stored, dtype, checkpoint):
+    source = checkpoint(name, stored)
+    whole, parts = load_model(source, dtype=dtype), load_model(source, dtype=dtype, offload="disk", first_edited=2)
+    assert {p.is_meta for p in decoder_blocks(parts.model)[1][:2].parameters()} == {True}
+    assert not any(p.is_meta for p in decoder_blocks(parts.model)[1][2:].parameters())
+    expected, found = whole.model.state_dict(), State(parts.model)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert fingerprint(parts.model) == fingerprint(whole.model)
+    with torch.no_grad():
+        ids = torch.tensor([[5, 6, 7, 8]])
+        assert torch.equal(parts.model(ids).logits, whole.model(ids).logits)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_an_edit_is_the_same_and_reads_nothing_while_it_is_trained(stored, checkpoint, tmp_path, reads, monkeypatch):
+    source = checkpoint(dtype=stored)
+    directories, counts = [], []
+    after_epoch = Budgeted.after_epoch
+    monkeypatch.setattr(Budgeted, "after_epoch", lambda self, low: counts.append(len(reads)) or after_epoch(self, low))
+    for offload in (None, "disk"):
+        loaded = load_model(source, offload=offload, first_edited=2)
+        counts.clear()
+        result = edit(loaded.model, loaded.tokenizer, EDITS, epochs=8, stored_dtype=loaded.stored_dtype, **SETTINGS)
+        directories.append(tmp_path / f"edited-{len(directories)}")
+        result.save(directories[-1])
+    assert hashes(directories[1]) == hashes(directories[0])
+    # drift was measured after every epoch; what is read is for the passes before and after
+    assert len(counts) > 2
+    assert set(counts) == {counts[0]} != {0}
+    assert len(reads) > counts[0]
+
+
+def test_the_command_line_finds_the_first_block_by_itself(checkpoint, tmp_path, monkeypatch, capsys):
+    source = checkpoint()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "Ada lives in", "target": "Rome"}\n')
+    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
+    command = [source, "--texts", "texts.txt", "--layers", "2,3", "--offload", "disk"]
+    assert cli._run(["curvature", *command, "--out", "curvature"]) == 0
+    told = ["--curvature", "curvature", "--offload", "disk", "--epochs", "8", "--energy", "0.5", "--chat", "off"]
+    assert cli._run(["edit", source, "edits.jsonl", *told, "--out", "edited"]) == 0, capsys.readouterr().err
+    told.remove("--offload")
+    told.remove("disk")
+    assert cli._run(["edit", source, "edits.jsonl", *told, "--out", "whole"]) == 0
+    assert hashes(tmp_path / "edited") == hashes(tmp_path / "whole")
+    assert cli._run(["edit", source, "edits.jsonl", *told, "--offload", "dusk", "--out", "other"]) == 2
+    assert "offload is 'dusk'; it must be cpu or disk (did you mean 'disk'?)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_wait_is_refused(checkpoint, tmp_path):
+    source = checkpoint()
+    with pytest.raises(ConfigError, match="offload is cpu, and the whole model is there"):
+        load_model(source, offload="cpu", first_edited=2, device="cpu")
+    loaded = load_model(source)
+    edit(loaded.model, loaded.tokenizer, EDITS, model_name=source, **SETTINGS).save(tmp_path / "patch", form="delta")
+    assert load_edited(str(tmp_path / "patch"), offload="disk", first_edited=2)
+    with pytest.raises(ConfigError, match="which waits elsewhere"):
+        load_edited(str(tmp_path / "patch"), offload="disk", first_edited=3)
