@@ -1,6 +1,7 @@
 """Blocks that wait on disk or elsewhere: the same model, the same edit, and nothing is read while it is trained."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from crispedit.budget import Budgeted
 from crispedit.checkpoint import load_edited
 from crispedit.editing import edit
 from crispedit.errors import ConfigError
-from crispedit.models import decoder_blocks, fingerprint, load_model
+from crispedit.models import decoder_blocks, edit_matrices, fingerprint, load_model
 from crispedit.offload import State, waiting
+from crispedit.processes import ALONE, Processes
 from families import CHATML, FAMILIES, tiny_model, tiny_tokenizer
 
 EDITS = [{"prompt": "Ada lives in", "target": "Rome"}, {"prompt": "The sky is", "target": "red"}]
@@ -93,6 +95,32 @@ def test_an_edit_is_the_same_and_reads_nothing_while_it_is_trained(stored, check
     assert len(counts) > 2
     assert set(counts) == {counts[0]} != {0}
     assert len(reads) > counts[0]
+
+
+def test_a_plan_counts_what_stays(checkpoint):
+    loaded = load_model(checkpoint(), offload="disk", first_edited=2)
+    matrices, alone = edit_matrices(loaded.model, [2, 3]), Processes(offload=True)
+    held = sum(p.nbytes for p in loaded.model.parameters() if not p.is_meta)
+    assert alone.weight_bytes(loaded.model, matrices, torch.float32) == held
+    blocks = decoder_blocks(loaded.model)[1]
+    assert alone.gathered_bytes(loaded.model, matrices, torch.float32) == sum(p.nbytes for p in blocks[0].parameters())
+    assert ALONE.weight_bytes(loaded.model, matrices, torch.float32) == sum(p.nbytes for p in loaded.model.parameters())
+    with pytest.raises(ConfigError, match="--offload is of one process"):
+        Processes(2, offload=True)
+
+
+def test_with_it_a_plan_takes_less_memory_by_the_blocks_below(tmp_path, capsys):
+    peaks = []
+    for index, options in enumerate(([], ["--offload", "cpu"])):
+        file = tmp_path / f"{index}.json"
+        assert (
+            cli._run(["plan", "Llama-3-8B", "--limit", "64", *options, "--devices", "80GB", "--json", str(file)]) == 0
+        )
+        peaks.append(json.loads(file.read_text())["stages"]["proof"]["bytes"])
+    below = json.loads(file.read_text())["settings"]["layers"][0] - 1  # one of them visits
+    of_block = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
+    assert peaks[0] - peaks[1] == below * of_block
+    assert "wait elsewhere" in capsys.readouterr().out
 
 
 def test_the_command_line_finds_the_first_block_by_itself(checkpoint, tmp_path, monkeypatch, capsys):

@@ -15,12 +15,12 @@ from .errors import ConfigError, did_you_mean
 Place = Literal["cpu", "disk"]
 
 
-def check_place(place: str | None, device: torch.device) -> None:
+def check_place(place: str | None, device: torch.device | None = None) -> None:
     """Refuses a place that is none, or where the model is anyway.
 
     Args:
         place: ``cpu``, ``disk``, or ``None``.
-        device: Of the model.
+        device: Of the model, where it is to be loaded.
 
     Raises:
         ConfigError: It cannot be used.
@@ -29,12 +29,14 @@ def check_place(place: str | None, device: torch.device) -> None:
         return
     if place not in get_args(Place):
         raise ConfigError(f"offload is '{place}'; it must be cpu or disk{did_you_mean(place, get_args(Place))}")
+    if device is None:
+        return
     if place == device.type:
         raise ConfigError("offload is cpu, and the whole model is there: leave it out, or offload to disk")
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        raise ConfigError("--offload needs accelerate: pip install accelerate") from None
+        raise ConfigError("--offload needs accelerate: pip install 'crispedit[device-map]'") from None
 
 
 def waiting(model: Any, path: str, first: int, place: str, device: torch.device) -> dict[str, str]:

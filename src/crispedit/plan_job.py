@@ -31,6 +31,7 @@ from .models import (
     parse_layers,
 )
 from .moments import Kind
+from .offload import check_place
 from .planning import Plan, fit_memory, kind_that_fits, parse_memory, plan_edit
 from .precision import mixed_precision
 from .processes import Processes
@@ -60,6 +61,7 @@ class PlanJob:
     devices: str | None = None
     processes: int = 1
     shard: bool = False
+    offload: str | None = None
     eos: bool = True
     chat: str = "auto"
     conflicts: str = "error"
@@ -81,7 +83,8 @@ class PlanJob:
         """
         config = configured("crispedit", dict(self.settings))[1]
         assert isinstance(config, Config)
-        method, processes = _method(config), Processes(self.processes, self.shard)
+        check_place(self.offload)
+        method, processes = _method(config), Processes(self.processes, self.shard, self.offload is not None)
         given = parse_memory(self.memory) if self.memory is not None else None
         devices = parse_devices(self.devices) if self.devices is not None else {}
         self._check()
@@ -248,7 +251,9 @@ def _speed(model: Any, device: torch.device, matrices: Sequence[EditMatrix], not
 
 
 def _notes(processes: Processes, plan: Plan) -> list[str]:
-    """What is to be said of several processes."""
+    """What is to be said of several processes, or of blocks that wait."""
+    if processes.offload:
+        return ["blocks below the first edited one wait elsewhere; times leave out what is brought from there"]
     if processes.size == 1:
         return []
     notes = [f"numbers are those of one of {processes.size} processes; times leave out what moves between them"]

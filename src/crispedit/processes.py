@@ -26,16 +26,20 @@ class Processes:
     Args:
         size: How many there are.
         shard: Whether the model is divided among them.
+        offload: Whether the blocks below the first edited one wait outside the device (:mod:`crispedit.offload`).
     """
 
     size: int = 1
     shard: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"processes is {self.size}; it must be 1 or more")
         if self.shard and self.size == 1:
             raise ConfigError("--shard divides a model among processes: give --processes too")
+        if self.offload and self.size > 1:
+            raise ConfigError("--offload is of one process: leave it or --processes out")
 
     @property
     def asking(self) -> int:
@@ -76,9 +80,12 @@ class Processes:
             dtype: Of the parameters.
 
         Returns:
-            All of them; of a sharded model its part of the frozen ones, and the edited ones.
+            All of them, or all but those of blocks that wait; of a sharded model its part of the frozen ones, and the
+            edited ones.
         """
         every: set[nn.Parameter] = set(model.parameters())
+        if self.offload:
+            every = every.difference(*_below(model, matrices))
         if not self.shard:
             return _numbers(every) * dtype.itemsize
         whole = _kept_whole(matrices)
@@ -94,9 +101,11 @@ class Processes:
             dtype: Of the parameters.
 
         Returns:
-            0; of a sharded model what is in no block (FSDP2 keeps it whole once it has run), and :data:`GATHERED`
-            of the largest blocks.
+            0; the largest of the blocks that wait, where there are any; of a sharded model what is in no block (FSDP2
+            keeps it whole once it has run), and :data:`GATHERED` of the largest blocks.
         """
+        if self.offload:
+            return max(map(_numbers, _below(model, matrices)), default=0) * dtype.itemsize
         if not self.shard:
             return 0
         whole = _kept_whole(matrices)
@@ -108,6 +117,11 @@ class Processes:
 
 ALONE = Processes()
 """One process with all of the model."""
+
+
+def _below(model: Any, matrices: Sequence[EditMatrix]) -> list[set[nn.Parameter]]:
+    """The parameters of every block below the first edited one."""
+    return [set(block.parameters()) for block in decoder_blocks(model)[1][: matrices[0].layer]]
 
 
 def _numbers(parameters: Iterable[nn.Parameter]) -> int:

@@ -411,6 +411,8 @@ class Planner:
         # rounded to another dtype the weights are copied once to be written, and again to be asked
         converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
         second = max(converted, self.weights) if work.on_cpu else converted
+        if self.processes.offload and work.on_cpu:  # what waits on disk is read to be written
+            second += self.weights - self.processes.weight_bytes(work.model, self.matrices, self.settings.dtype)
         asked = spread([length for group in work.prompts for length in group], CHECKED)
         seconds = self._answer_seconds([asked] if asked else [])
         if seconds is not None:
