@@ -30,9 +30,9 @@ from crispedit.bundled import corpus, world
 from crispedit.capability import bundled_tasks, logits_of, measure_drift
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
+from crispedit.edits import spread
 from crispedit.jobs import capability_texts, has_tasks, read_edits
 from crispedit.models import frozen, load_model
-from crispedit.proof import spread
 from crispedit.rows import Prompter
 from crispedit.texts import load_texts, text_batches
 from crispedit.wild import ask, questions, score

@@ -20,9 +20,9 @@ import runs
 from crispedit.capability import TaskItems, bundled_items
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
+from crispedit.edits import spread
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import load_model
-from crispedit.proof import spread
 from crispedit.rows import Prompter
 from crispedit.statistics import Measure, Stratum, differences
 from crispedit.wild import ask, questions, score

@@ -39,12 +39,12 @@ from crispedit import editing
 from crispedit.curvature import Curvature
 from crispedit.editing import EditResult, edit
 from crispedit.editors import crispedit as editor
-from crispedit.edits import Edit
+from crispedit.edits import Edit, spread
 from crispedit.generation import MAX_NEW_TOKENS, Answer, answers
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.judge import Case, is_exact
 from crispedit.models import BUNDLED, load_model
-from crispedit.proof import PROOF_EDITS, spread
+from crispedit.proof import PROOF_EDITS
 from crispedit.rows import Prompter
 from crispedit.texts import PADDING, token_groups
 from crispedit.wild import CONTEXTS, Question, ask, expected_drafts, in_context, questions

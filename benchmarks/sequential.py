@@ -28,11 +28,10 @@ from crispedit.artifacts import write_json
 from crispedit.capability import logits_of
 from crispedit.console import progress_bars
 from crispedit.curvature import Curvature
-from crispedit.edits import Edit
+from crispedit.edits import Edit, spread
 from crispedit.evaluation import measure
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import load_model
-from crispedit.proof import spread
 from crispedit.texts import CapabilityTexts
 from crispedit.tradeoff import measures
 

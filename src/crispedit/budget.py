@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from .drift_meter import DriftMeter
+from .edits import spread
 from .errors import ConfigError
 from .models import EditMatrix
 from .natural import NaturalDescent
-from .proof import spread
 from .rows import EditRow
 from .training import RuledMatrices, edit_loss
 from .updates import PricedRule

@@ -27,7 +27,7 @@ from .checkpoint import PATCH, RECORD, Form, check_files, read_back, round_to, w
 from .curvature import Curvature
 from .editors import configured
 from .editors.base import EditorConfig, EditProblem, Round
-from .edits import Edit, EditSet, edits_from_rows
+from .edits import Edit, EditSet, edits_from_rows, spread
 from .errors import ConfigError, EditFailed, EditsError
 from .generation import Answer, Ids
 from .models import EditMatrix, context_length, fingerprint, frozen, tensor_fingerprints
@@ -42,7 +42,6 @@ from .proof import (
     drift_from,
     examples,
     matrix_changes,
-    spread,
 )
 from .rows import Chat, Prompter
 from .sharding import whole_state

@@ -19,10 +19,11 @@ from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any, Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
 
 from .errors import ConfigError, EditsError, did_you_mean
 
+Item = TypeVar("Item")
 Conflicts: TypeAlias = Literal["error", "first", "last", "drop"]
 Fields: TypeAlias = Mapping[str, Any]
 
@@ -455,3 +456,9 @@ def _edit(schema: _Schema, row: _Row) -> Edit:
             raise row.missing(name, schema.known, f": row 1 is {schema.name}, so every row must have it")
     row.ignore_others(schema.known, ("subject", *schema.lists))
     return schema.read(row)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most ``count`` items, evenly spread over all."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -12,7 +12,7 @@ from .assumed import Method
 from .curvature import check_matrices, read_manifest
 from .editors import configured
 from .editors.crispedit import Config
-from .edits import EditSet
+from .edits import EditSet, spread
 from .errors import ConfigError, ModelError
 from .factors import check_kind
 from .generation import BATCH_TOKENS
@@ -35,7 +35,7 @@ from .offload import check_place
 from .planning import Plan, fit_memory, kind_that_fits, parse_memory, plan_edit
 from .precision import mixed_precision
 from .processes import Processes
-from .proof import PROOF_EDITS, spread
+from .proof import PROOF_EDITS
 from .rows import Prompter
 from .speed import Speed, measure_speed
 from .texts import TokenBatch, text_batches, token_groups

@@ -5,7 +5,7 @@ An edit that did nothing, or went wrong, is an error with a diagnosis, and not a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from .texts import TokenBatch
 from .training import STOP_LOSS
 from .wild import Question
 
-Item = TypeVar("Item")
 PROOF_EDITS = 64
 """Before and after are shown on at most so many edits, evenly spread over the edit set."""
 
@@ -49,12 +48,6 @@ class Example:
     target: str
     before: str
     after: str
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most ``count`` items, evenly spread over all."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def check_edited(delta: dict[str, Tensor], before: float, after: float, *, must_fall: bool = True) -> list[str]:

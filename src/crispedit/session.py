@@ -25,14 +25,14 @@ from .checkpoint import RECORD, read_back, write_model
 from .curvature import Curvature, merge
 from .editing import EditResult, edit, origin
 from .editors import configured
-from .edits import Edit, EditSet, Locality
+from .edits import Edit, EditSet, Locality, spread
 from .errors import ArtifactError, ConfigError, ModelError
 from .generation import Answer
 from .history import HISTORY_WEIGHT, HistoryWeight, with_history
 from .models import EditMatrix, LoadedModel, context_length, fingerprint, frozen, load_model
 from .patch import Patch, StoredTensors, apply_to
 from .progress import Progress, log, no_progress
-from .proof import drift_from, spread
+from .proof import drift_from
 from .rows import Prompter
 from .store import Store
 from .texts import text_batches

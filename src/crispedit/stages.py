@@ -35,11 +35,11 @@ from .costs import (
 from .description import DESCRIBED_WHOLE
 from .drift_meter import SAMPLE, WHOLE
 from .editing import CHECKED
+from .edits import spread
 from .forward import BatchSize, batch_size
 from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
-from .proof import spread
 from .replay import CHECK_ROWS, recorded_together
 from .room import MEMORY_SHARE
 from .rows import EditRow

@@ -10,10 +10,10 @@ import torch
 from .assumed import AUTO, Method
 from .checkpoint import Form
 from .description import ENERGY
+from .edits import spread
 from .forward import BatchSize, batch_size, pair_cost
 from .moments import Kind
 from .processes import ALONE, Processes
-from .proof import spread
 from .replay import recorded_together, within_windows
 from .rows import EditRow
 from .training import batches
