@@ -109,6 +109,13 @@ def test_a_sharded_model_gives_what_a_whole_one_gives(results):
         assert off < (5e-2 if name.startswith("bfloat16") else 1e-5), name
 
 
+def test_a_sharded_model_is_evaluated_as_a_whole_one_is(results):
+    """Bit for bit: a block is whole when it is run, and every process runs every batch."""
+    one, several = (together.read(results[n], "sharded")[0]["evaluation"] for n in (1, 2))
+    assert several == one
+    assert one["capability"]["drift"] > 0
+
+
 @pytest.mark.slow
 def test_every_editor_gives_what_it_gives_on_one_process(tmp_path):
     """To 1e-3 of the change: the methods that solve amplify rounding; every process has the same model at the end."""

@@ -16,6 +16,7 @@ from .options import (
     Json,
     Limit,
     Model,
+    Shard,
     Texts,
     TrustRemoteCode,
     bars,
@@ -63,6 +64,7 @@ def evaluate(
     limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    shard: Shard = False,
     trust_remote_code: TrustRemoteCode = False,
     chat: Chat = "auto",
     conflicts: Conflicts = "error",
@@ -86,6 +88,8 @@ def evaluate(
         raise ConfigError(
             "a live server is asked by one process: start 'crispedit evaluate --endpoint' without a launcher"
         )
+    if endpoint is not None and shard:
+        raise ConfigError("--shard divides a model among processes, and a live server has its own: leave it out")
     if endpoint is not None and (tasks is not None or protocol != "wild"):
         raise ConfigError("a live server can only be asked freely: leave out --tasks and --protocol")
     _check_reports(report or [], curvature)
@@ -110,7 +114,9 @@ def evaluate(
             "progress": progress,
         }
         if endpoint is None:
-            found = evaluate_job(model, edits, protocol=protocol, texts=texts, chat=chat, harness=harness, **shared)
+            found = evaluate_job(
+                model, edits, protocol=protocol, texts=texts, chat=chat, harness=harness, shard=shard, **shared
+            )
         else:
             found = evaluate_live_job(LiveModel.at(endpoint, model, **live_options), edits, **shared)
         rows = measure_rows(found, progress=progress) if found.before is not None or report else []

@@ -548,6 +548,7 @@ def evaluate_job(
     conflicts: str = "error",
     stop_at_period: bool = False,
     harness: HarnessJob | None = None,
+    shard: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Evaluated:
@@ -565,19 +566,34 @@ def evaluate_job(
         conflicts: What to do with one prompt and several targets.
         stop_at_period: Judge what the published stop rule leaves of an answer.
         harness: Tasks of lm-evaluation-harness.
+        shard: Whether both models are divided among the processes (:mod:`crispedit.sharding`).
         options: For :func:`crispedit.models.load_model`.
         progress: Called during every longer step.
 
     Returns:
         What was measured, of the base too.
+
+    Raises:
+        ConfigError: Models are to be divided among one process, or for tasks.
     """
     check_protocol(protocol)  # before anything is loaded
+    check_shard(shard)
+    if shard and harness is not None:
+        raise ConfigError("--tasks are run by one process, on a whole model: leave --shard or --tasks out")
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
     record = read_record(model)
     chosen = _drift_texts(model, texts, record)
     there = harness and distributed.on_main(partial(harness.load, edits, progress=progress))
-    loaded = load_edited(model, **(options or {}))
+    options = options or {}
+    loaded = load_edited(model, **options, shard=shard)
     check_same(loaded, edit_set, chosen, settings=[protocol, chat, stop_at_period, judge.name, base])
+    base_model = load_edited(base, **options, shard=shard).model if base is not None else None
+    if base_model is not None:
+        distributed.check_equal({"the base model's weights": fingerprint(base_model)})
+    if shard:
+        for one in (loaded.model, base_model):
+            if one is not None:
+                shard_model(one, (), find_device(options.get("device", "auto")))
     how: dict[str, Any] = {
         "protocol": protocol,
         "texts": chosen,
@@ -587,12 +603,10 @@ def evaluate_job(
         "stop_at_period": stop_at_period,
         "progress": progress,
     }
-    before = base_model = None
-    if base is None:
+    before = None
+    if base_model is None:
         after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
     else:
-        base_model = load_edited(base, **(options or {})).model
-        distributed.check_equal({"the base model's weights": fingerprint(base_model)})
         after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
     benchmarks = None
     if harness is not None:
