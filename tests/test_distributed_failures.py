@@ -48,7 +48,7 @@ def ended(tmp_path_factory):
     for rank, rows in enumerate((ROWS, ROWS[:-1])):
         prepare(root / "hosts" / f"host{rank}", rows)
     (root / "hosts" / "host1" / "texts.txt").write_text("\n\n".join(TEXTS[1:]))
-    own = [{"CRISPEDIT_CACHE": str(root / "cache" / name)} for name in ("whole", "resumed", "sharded")]
+    own = [{"CRISPEDIT_CACHE": str(root / "cache" / name)} for name in ("whole", "resumed", "sharded", "again")]
     scenarios = [
         {"name": "whole", "command": f"{EDIT} whole", "env": own[0]},
         *({**scenario, "env": own[1]} for scenario in ACCIDENTS),
@@ -59,6 +59,8 @@ def ended(tmp_path_factory):
         {"name": "session", "command": "session init model s"},
         {"name": "ask", "command": "ask model Hello"},
         {"name": "sharded", "command": f"{EDIT} sharded --shard", "env": own[2]},
+        {**ACCIDENTS[0], "name": "shard killed", "command": f"{EDIT} again --shard", "env": own[3]},
+        {"name": "again", "command": f"{EDIT} again --shard", "env": own[3]},
         {"name": "hosts", "command": f"{EDIT} out", "env": own[0], "directory": str(root / "hosts")},
     ]
     return root, run([{"size": 2, **scenario} for scenario in scenarios], root)
@@ -96,6 +98,7 @@ def test_nothing_is_half_written_and_the_same_command_goes_on(ended):
         "scenarios.done.json",
         "hosts",
         "sharded",
+        "again",
         "evaluated.json",
     }
     assert left == {*files, "whole", "resumed"}
@@ -126,6 +129,16 @@ def test_a_sharded_model_is_edited_as_a_whole_one(ended):
     # the same keys: what one has computed the other finds
     keys = [{path.name for path in (root / "cache" / name / "curvature").iterdir()} for name in ("whole", "sharded")]
     assert keys[0] == keys[1]
+
+
+def test_a_pass_of_a_sharded_model_goes_on_too(ended):
+    """Each process from where it was: one that has less to do runs along."""
+    root, found = ended
+    assert -signal.SIGKILL in found["shard killed"]["statuses"]
+    assert found["again"]["statuses"] == [0, 0], found["again"]
+    assert "goes on after batch" in "".join(found["again"]["said"])
+    weights = [(root / name / "model.safetensors").read_bytes() for name in ("sharded", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_another_number_of_processes_begins_its_own_pass(ended):

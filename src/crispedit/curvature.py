@@ -139,8 +139,6 @@ class Curvature:
         check_energy(energy)
         started = time.monotonic()
         divided = texts if isinstance(texts, CapabilityTexts) else split_texts(texts, seed=seed)
-        if ranks.in_step():  # states that were saved at different moments would bring the processes out of step
-            resume = None
         matrices = edit_matrices(model, layers)
         about: dict[str, Any] = {
             "layers": tuple(m.layer for m in matrices),

@@ -182,7 +182,7 @@ def _passes(
         before_mine: list[int | None] = [-1, *mine]
         passes = list(zip(before_mine, mine, strict=False))[first:]
         if ranks.in_step():  # as many for every process: those of a sharded model run together
-            passes += [(None, 0)] * (-(-len(batches) // ranks.size()) - len(mine))
+            passes += [(None, 0)] * (max(distributed.gather(len(passes))) - len(passes))
         for before, number in passes:
             batch = batches[number].to(device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
