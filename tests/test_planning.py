@@ -9,6 +9,7 @@ import transformers
 
 from crispedit.errors import ConfigError
 from crispedit.planning import fit_memory, kind_that_fits, parse_memory, plan_edit
+from crispedit.processes import Processes
 from crispedit.rows import EditRow
 from crispedit.speed import Speed, measure_speed
 from crispedit.workload import Settings, Workload
@@ -211,6 +212,20 @@ def test_what_can_not_be_made_smaller_does_not_fit():
 def test_a_known_curvature_is_not_sketched_to_fit():
     work = dataclasses.replace(WORK, halves=[], known=True)
     assert not any("sketch" in change for change in fit_memory(work, SETTINGS, GB).changes)
+
+
+def test_on_a_gpu_blocks_that_wait_come_before_what_costs_quality():
+    """Each time the least memory that a step further takes; all are planned anew with what is said."""
+    work = dataclasses.replace(WORK, on_cpu=False)
+    smallest = plan_edit(work, dataclasses.replace(SETTINGS, batch_size=1, mapped=True), 1000 * GB).peak.num_bytes
+    assert "--offload cpu" not in fit_memory(work, SETTINGS, smallest).changes
+    found = fit_memory(work, SETTINGS, smallest - 1)
+    assert found.possible
+    assert found.changes[0] == "--offload cpu"
+    waiting = dataclasses.replace(work, processes=Processes(offload=True))
+    assert plan_edit(waiting, SETTINGS, 1000 * GB).peak.num_bytes <= found.num_bytes
+    assert not any("--offload" in change for change in fit_memory(waiting, SETTINGS, GB).changes)
+    assert not any("--offload" in change for change in fit_memory(WORK, SETTINGS, GB).changes)
 
 
 def test_the_kind_of_factors_is_the_one_that_an_edit_would_choose():

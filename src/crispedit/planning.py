@@ -151,6 +151,7 @@ class Plan:
             "method": {**asdict(self.settings.method), "updates": self.updates},
             "processes": self.processes.size,
             "shard": self.processes.shard,
+            "offload": self.processes.offload,
             "stages": {stage.name: stage.record() for stage in self.stages},
             "peak_bytes": self.peak.num_bytes,
             "seconds": self.seconds,
@@ -208,28 +209,34 @@ def fit_memory(work: Workload, settings: Settings, memory: int) -> Fit:
     Returns:
         What was found.
     """
-    least: tuple[int, Settings] | None = None
-    for changed in _variations(work, settings):
-        taken = plan_edit(work, changed, memory).peak.num_bytes
+    least: tuple[int, list[str]] | None = None
+    for elsewhere, one, changed in _candidates(work, settings):
+        taken = plan_edit(one, changed, memory).peak.num_bytes
         if least is None or taken < least[0]:
-            least = taken, changed
+            least = taken, [*elsewhere, *changed.changes(settings)]
         if taken <= memory:
             break
     assert least is not None
-    taken, changed = least
-    as_it_is = changed == settings and taken <= memory
-    return Fit(memory=memory, fits=as_it_is, changes=changed.changes(settings), num_bytes=taken)
+    taken, changes = least
+    return Fit(memory=memory, fits=not changes and taken <= memory, changes=changes, num_bytes=taken)
+
+
+def _candidates(work: Workload, settings: Settings) -> Iterator[tuple[list[str], Workload, Settings]]:
+    """What takes less, and what of it is no setting: blocks that wait in main memory cost time alone."""
+    processes = work.processes
+    if work.on_cpu or processes.offload or processes.size > 1:
+        yield from (([], work, changed) for changed in _variations(work, settings))
+        return
+    yield from (([], work, changed) for changed in _smaller(settings))
+    waiting = replace(work, processes=replace(processes, offload=True))
+    yield from ((["--offload cpu"], waiting, changed) for changed in _variations(work, settings))
 
 
 def _variations(work: Workload, settings: Settings) -> Iterator[Settings]:
     """Settings that take less, in the order of what they cost: time, a step at the end, rounding, directions, reach."""
-    small = settings
-    yield small
-    while small.batch_size > 1:
-        small = replace(small, batch_size=small.batch_size // 2)
-        yield small
-    sizes = [settings, replace(settings, mapped=True), replace(small, mapped=True)]
-    yield from sizes[1:]
+    *batches, last = _smaller(settings)
+    yield from (*batches, last)
+    sizes = [settings, replace(settings, mapped=True), last]
     if settings.save == "model":
         reduced = [replace(one, save="delta") for one in sizes]
         yield from reduced
@@ -242,3 +249,14 @@ def _variations(work: Workload, settings: Settings) -> Iterator[Settings]:
         yield from sizes
     for dropped in range(1, len(settings.layers)):
         yield from (replace(one, layers=settings.layers[dropped:]) for one in sizes)
+
+
+def _smaller(settings: Settings) -> Iterator[Settings]:
+    """Settings with smaller batches, and then with records in a file."""
+    small = settings
+    yield small
+    while small.batch_size > 1:
+        small = replace(small, batch_size=small.batch_size // 2)
+        yield small
+    yield replace(settings, mapped=True)
+    yield replace(small, mapped=True)
