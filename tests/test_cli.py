@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from crispedit import cli
+from crispedit.capability import bundled_items
 from crispedit.models import model_directory
 
 ROWS = [
@@ -32,7 +33,8 @@ def weights(directory):
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_edit_evaluate_ask_and_rerun(work, capsys):
+def test_edit_evaluate_ask_and_rerun(work, capsys, monkeypatch):
+    monkeypatch.setitem(bundled_items.__kwdefaults__, "count", 40)  # of each ability: enough to see that they are asked
     program("edit", "bundled", "edits.json", "--out", "one", "--texts", "texts.txt", "--json", "one.json")
     said = capsys.readouterr().out
     assert "Proof on 3 edits" in said
@@ -310,7 +312,8 @@ def test_a_plan_tells_the_truth_about_the_edit(work):
     assert plan["disk"]["curvature, in the cache"] == pytest.approx(factors.stat().st_size, rel=0.01)
 
 
-def test_a_delta_can_be_evaluated(work):
+def test_a_delta_can_be_evaluated(work, monkeypatch):
+    monkeypatch.setitem(bundled_items.__kwdefaults__, "count", 40)
     program("edit", "bundled", "edits.json", "--out", "delta", "--energy", "0", "--save", "delta")
     program("evaluate", "delta", "edits.json", "--json", "evaluation.json")
     assert json.loads((work / "evaluation.json").read_text())["no_context"]["reliability"] == 100
