@@ -35,8 +35,8 @@ AIM = 0.95
 STEP = 0.1
 """The length of the first step, in terms of the ball's radius; it falls linearly to zero."""
 REACH = 5.0
-"""A ball that is larger than the edits need takes no longer steps: what they need is so many times
-:func:`linear_drift`, measured on the bundled model with 1 to 1,000 edits."""
+"""What edits need at least, in terms of :func:`linear_drift`: measured on the bundled model, 1 to 1,000 edits. Within a
+larger ball steps are as long as in one half way between that and the ball, on a logarithmic scale."""
 LOOKED_AT = 64
 """Rows from which that is estimated, at most."""
 DAMPING = 1e-4
@@ -127,8 +127,7 @@ class Budgeted(RuledMatrices):
         meter: Of drift.
         steps: At most.
         ratio: Measured over predicted drift, before it is known.
-        linear: :func:`linear_drift` of the edits; steps are as long as if the ball were large enough for them, no
-            longer.
+        linear: :func:`linear_drift` of the edits, which tells how long steps are where the ball is larger than needed.
     """
 
     def __init__(
@@ -152,8 +151,9 @@ class Budgeted(RuledMatrices):
         return AIM * self.budget / self.ratio
 
     def optimizer(self, lr: float) -> NaturalDescent:
-        """Steepest descent in the metric; a step is ``lr`` times as long as the ball's radius, or as what is needed."""
-        metrics, radius = [rule.metric for rule in self.priced], math.sqrt(2 * min(self.allowed, REACH * self.linear))
+        """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or of less if that will do."""
+        metrics = [rule.metric for rule in self.priced]
+        radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, REACH * self.linear)))
         return NaturalDescent(self.parameters, metrics, lr * radius, self.steps)
 
     def reset(self) -> None:
