@@ -44,6 +44,11 @@ def reads(monkeypatch):
     return found
 
 
+def from_block(first):
+    """The matrices of an edit that begins there."""
+    return lambda model: edit_matrices(model, range(first, 4))
+
+
 def hashes(directory):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.glob("*.safetensors"))}
 
@@ -66,7 +71,10 @@ def test_everything_has_one_place_and_blocks_below_wait(name):
 )
 def test_a_model_of_which_blocks_wait_is_the_same_model(name, stored, dtype, checkpoint):
     source = checkpoint(name, stored)
-    whole, parts = load_model(source, dtype=dtype), load_model(source, dtype=dtype, offload="disk", first_edited=2)
+    whole, parts = (
+        load_model(source, dtype=dtype),
+        load_model(source, dtype=dtype, offload="disk", edited=from_block(2)),
+    )
     assert {p.is_meta for p in decoder_blocks(parts.model)[1][:2].parameters()} == {True}
     assert not any(p.is_meta for p in decoder_blocks(parts.model)[1][2:].parameters())
     expected, found = whole.model.state_dict(), State(parts.model)
@@ -85,7 +93,7 @@ def test_an_edit_is_the_same_and_reads_nothing_while_it_is_trained(stored, check
     after_epoch = Budgeted.after_epoch
     monkeypatch.setattr(Budgeted, "after_epoch", lambda self, low: counts.append(len(reads)) or after_epoch(self, low))
     for offload in (None, "disk"):
-        loaded = load_model(source, offload=offload, first_edited=2)
+        loaded = load_model(source, offload=offload, edited=from_block(2))
         counts.clear()
         result = edit(loaded.model, loaded.tokenizer, EDITS, epochs=8, stored_dtype=loaded.stored_dtype, **SETTINGS)
         directories.append(tmp_path / f"edited-{len(directories)}")
@@ -98,7 +106,7 @@ def test_an_edit_is_the_same_and_reads_nothing_while_it_is_trained(stored, check
 
 
 def test_a_plan_counts_what_stays(checkpoint):
-    loaded = load_model(checkpoint(), offload="disk", first_edited=2)
+    loaded = load_model(checkpoint(), offload="disk", edited=from_block(2))
     matrices, alone = edit_matrices(loaded.model, [2, 3]), Processes(offload=True)
     held = sum(p.nbytes for p in loaded.model.parameters() if not p.is_meta)
     assert alone.weight_bytes(loaded.model, matrices, torch.float32) == held
@@ -144,9 +152,9 @@ def test_the_command_line_finds_the_first_block_by_itself(checkpoint, tmp_path, 
 def test_what_cannot_wait_is_refused(checkpoint, tmp_path):
     source = checkpoint()
     with pytest.raises(ConfigError, match="offload is cpu, and the whole model is there"):
-        load_model(source, offload="cpu", first_edited=2, device="cpu")
+        load_model(source, offload="cpu", edited=from_block(2), device="cpu")
     loaded = load_model(source)
     edit(loaded.model, loaded.tokenizer, EDITS, model_name=source, **SETTINGS).save(tmp_path / "patch", form="delta")
-    assert load_edited(str(tmp_path / "patch"), offload="disk", first_edited=2)
+    assert load_edited(str(tmp_path / "patch"), offload="disk", edited=from_block(2))
     with pytest.raises(ConfigError, match="which waits elsewhere"):
-        load_edited(str(tmp_path / "patch"), offload="disk", first_edited=3)
+        load_edited(str(tmp_path / "patch"), offload="disk", edited=from_block(3))

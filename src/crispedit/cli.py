@@ -6,6 +6,7 @@ nothing written; 130 interrupted.
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -106,7 +107,7 @@ def curvature(
     from .artifacts import check_writable
     from .curvature import Curvature
     from .factors import check_fisher, check_kind
-    from .models import edit_matrices, find_device, load_skeleton, parse_layers
+    from .models import edit_matrices, find_device, parse_layers
     from .sharding import check_shard, shard_model
     from .threshold import check_energy
 
@@ -127,11 +128,7 @@ def curvature(
     from .console import print_curvature
 
     with bars() as progress:
-        first = 0
-        if offload is not None:
-            skeleton = load_skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=False).model
-            first = edit_matrices(skeleton, chosen)[0].layer
-        where = {"shard": shard, "offload": offload, "first_edited": first}
+        where = {"shard": shard, "offload": offload, "edited": partial(edit_matrices, layers=chosen)}
         loaded = _load(model, device, dtype, device_map, trust_remote_code, **where)
         if shard:
             shard_model(loaded.model, edit_matrices(loaded.model, chosen), find_device(device))

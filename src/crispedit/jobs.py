@@ -48,7 +48,6 @@ from .models import (
     fingerprint,
     frozen,
     load_model,
-    load_skeleton,
     parse_layers,
     tokenizer_hash,
 )
@@ -106,12 +105,6 @@ def capability_texts(model: str, path: Path | None, samples: int | None, seed: i
     if model == BUNDLED:
         return split_texts(corpus.capability_texts(), source=BUNDLED, samples=samples, seed=seed)
     return None
-
-
-def first_edited(name: str, config: Any, layers: Sequence[int] | None, **options: Any) -> int:
-    """The first decoder block that an editor's configuration has to do with, found without a weight."""
-    skeleton = load_skeleton(name, tokenizer=False, **options)
-    return int(config.matrices(skeleton.model, layers)[0].layer)
 
 
 def check_same(
@@ -263,22 +256,23 @@ class EditJob:
         texts = capability_texts(self.model, self.texts, self.samples, self.seed)
         found = Curvature.load(self.curvature) if self.curvature is not None else None
         named = layers if layers is not None or found is None else found.layers
-        first = 0
-        if offload is not None:
-            first = first_edited(self.model, config, named, dtype=dtype, trust_remote_code=trust_remote_code)
+
+        def edited(model: Any) -> Sequence[EditMatrix]:
+            return config.matrices(model, named)
+
         loaded = load_model(
             self.model,
             device=device,
             dtype=dtype,
             device_map=device_map,
             offload=offload,
-            first_edited=first,
+            edited=edited,
             shard=shard,
             trust_remote_code=trust_remote_code,
         )
         model, tokenizer = loaded.model, loaded.tokenizer
         if shard:
-            shard_model(model, config.matrices(model, named), find_device(device))
+            shard_model(model, edited(model), find_device(device))
         check_same(loaded, edit_set, texts, found, self)
         # what is wrong with the rows is said before minutes go into a curvature
         Prompter.of(model, tokenizer, chat=self.chat, eos=config.eos).rows(edit_set, context_length(model))  # type: ignore[arg-type]

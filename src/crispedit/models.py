@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -102,7 +102,7 @@ def load_model(
     dtype: str = "auto",
     device_map: str | None = None,
     offload: str | None = None,
-    first_edited: int = 0,
+    edited: Callable[[Any], Sequence[EditMatrix]] | None = None,
     shard: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -115,7 +115,8 @@ def load_model(
         device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
         offload: Where the decoder blocks below the first edited one wait until they are run: ``cpu`` or ``disk``
             (needs accelerate).
-        first_edited: The first block that does not wait there.
+        edited: With ``offload``: of a model, the matrices that will be edited, in ascending order of layers;
+            :func:`edit_matrices` when omitted.
         shard: Leave the weights in main memory, mapped from their files: :func:`crispedit.sharding.shard_model` is
             to bring its part to every device.
         trust_remote_code: Whether code shipped with the model may run.
@@ -140,7 +141,8 @@ def load_model(
         places: Any = device_map
         if offload is not None:
             skeleton = _skeleton(config, wanted, options)
-            places = waiting(skeleton, decoder_blocks(skeleton)[0], first_edited, offload, target)
+            first = (edited or edit_matrices)(skeleton)[0].layer
+            places = waiting(skeleton, decoder_blocks(skeleton)[0], first, offload, target)
             if wanted != stored:  # what waits on disk is written there anew
                 options["offload_folder"] = kept = tempfile.mkdtemp(prefix="crispedit-offload-")
                 atexit.register(shutil.rmtree, kept, ignore_errors=True)

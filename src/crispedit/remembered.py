@@ -27,7 +27,7 @@ class Remembered:
     Args:
         logits: Of the rows.
         batches: Indices of rows, in the batches in which they will be asked for.
-        what: Called after every batch.
+        progress: Called after every batch.
 
     Raises:
         NoRoomError: Neither memory nor the disk has room.
@@ -38,7 +38,6 @@ class Remembered:
         self.logits, self.batches = logits, batches
         self._blocks = list(decoder_blocks(logits.model)[1])
         self._others: tuple[Any, ...] | None = None  # what a block gives beside hidden states, if it gives a tuple
-        self._first: list[int] = []
         self._kept = torch.empty(0)
         try:
             self._fill(progress, ended=True)
@@ -55,7 +54,7 @@ class Remembered:
 
     def _fill(self, progress: Progress, *, ended: bool) -> None:
         """Runs all batches, and keeps how they end, or their logits."""
-        self.ended, self._first = ended, [0]
+        self.ended, self._first = ended, [0]  # where each batch begins in what is kept, and the last one ends
         for number, chosen in enumerate(self.batches):
             logits, hidden = self._run(chosen)
             kept = hidden if ended else logits
