@@ -21,27 +21,31 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import runs
 from mechanisms import KINDS, TRUST_REGION, mechanism
 
+from crispedit import editing
 from crispedit.artifacts import write_json
 from crispedit.bundled import corpus, world
 from crispedit.capability import bundled_tasks, logits_of, measure_drift
 from crispedit.curvature import Curvature
-from crispedit.editing import edit
 from crispedit.edits import spread
+from crispedit.generation import Ids
 from crispedit.jobs import capability_texts, has_tasks, read_edits
 from crispedit.models import frozen, load_model
 from crispedit.rows import Prompter
 from crispedit.texts import load_texts, text_batches
-from crispedit.wild import ask, questions, score
+from crispedit.wild import Question, ask, expected_drafts, questions, score
 
 BUDGETS = tuple(0.0005 * 2**power for power in range(10))
 ENERGY = "energy"
 """The mechanism of a fixed γ; 0 is plain fine-tuning."""
 ENERGIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99999)
 ASKED, FRESH = 200, 100
+PROVED = 8
+"""Edits that an edit's own proof asks about: what is asked here takes its place."""
 PROBES = 200
 """Items per ability."""
 
@@ -69,6 +73,7 @@ class Bench:
         more = corpus.capability_texts(count + 2 * FRESH)[count:] if file is None else shuffled(load_texts(file))
         self.fresh = [text for text in dict.fromkeys(more) if text not in known][:FRESH]
         self.curvatures: dict[int, Curvature] = {}
+        self.said: dict[tuple[Question, ...], list[Ids]] = {}
 
     def run(self, case: dict[str, Any]) -> dict[str, Any]:
         """One edit, measured."""
@@ -77,8 +82,9 @@ class Bench:
             self.curvatures = {seed: Curvature.estimate(loaded.model, loaded.tokenizer, self.texts, seed=seed)}
         chosen = random.Random(seed).sample(self.edits, case["size"])
         started = time.monotonic()
-        with mechanism(case["mechanism"]):
-            result = edit(
+        few = mock.patch.object(editing, "questions", lambda edits: questions(edits[:PROVED]))
+        with mechanism(case["mechanism"]), few:
+            result = editing.edit(
                 loaded.model,
                 loaded.tokenizer,
                 chosen,
@@ -90,7 +96,10 @@ class Bench:
         seconds = time.monotonic() - started
         prompter = Prompter.of(loaded.model, loaded.tokenizer)
         asked = questions(spread(chosen, ASKED))
-        scores = score(asked, [answer.text for answer in ask(loaded.model, prompter, asked, "no_context")])
+        right = expected_drafts(prompter, asked, "no_context")
+        drafts = [[*known, own] for known, own in zip(right, self.base_says(prompter, asked), strict=True)]
+        answers = ask(loaded.model, prompter, asked, "no_context", drafts=drafts)
+        scores = score(asked, [answer.text for answer in answers])
         tasks = bundled_tasks(loaded.model, prompter, count=PROBES) if has_tasks(loaded.model) else {}
         batches = text_batches(loaded.model, loaded.tokenizer, self.fresh)
         with frozen(loaded.model), frozen(self.base.model):
@@ -106,6 +115,7 @@ class Bench:
             "ratio": certificate.get("ratio"),
             "edit_loss": result.metrics["edit_loss"]["after"],
             "stopped_early": training["stopped_early"],
+            "precision": training["forward"]["precision"],
             "lr": max(training["learning_rates"]),
             "epochs": len(training["epoch_losses"]),
             "abilities": statistics.mean(tasks.values()) if tasks else None,
@@ -114,6 +124,14 @@ class Bench:
             "seconds": round(result.metrics["seconds"]["edit"], 1),
             "seconds_in_all": round(seconds, 1),
         }
+
+    def base_says(self, prompter: Prompter, asked: Sequence[Question]) -> list[Ids]:
+        """The base model's answers: drafts of those of an edited one, where nothing was to change."""
+        known = tuple(asked)
+        if known not in self.said:
+            with frozen(self.base.model):
+                self.said = {known: [answer.ids for answer in ask(self.base.model, prompter, asked, "no_context")]}
+        return self.said[known]
 
 
 def shuffled(texts: list[str]) -> list[str]:

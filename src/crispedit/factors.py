@@ -43,8 +43,6 @@ from .texts import TokenBatch, next_tokens
 Fisher = Literal["mc", "empirical"]
 SAVE_SECONDS, SAVE_TIMES = 30.0, 20
 """A pass with a file saves its state after so many seconds; and after so many times what the last save took."""
-SKIPPED = 2**20
-"""Random numbers that are dropped at a time."""
 
 
 def check_fisher(fisher: str) -> None:
@@ -153,20 +151,20 @@ def _passes(
     matrices: Sequence[EditMatrix],
     batches: Sequence[TokenBatch],
     fisher: Fisher,
-    generator: torch.Generator,
+    seed: int,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
     """A forward and a backward pass per batch, down to the matrices' outputs.
 
-    Of several processes each passes over its share. Labels are the same whoever samples them: the random numbers of
-    the others' batches are drawn too, and dropped.
+    Of several processes each passes over its share. Labels are the same whoever samples them, and wherever a pass
+    begins: every token has a random number of its own, drawn before the first batch.
 
     Args:
         model: A causal LM.
         matrices: The matrices of interest.
         batches: All of them.
         fisher: How labels come about.
-        generator: Of sampled labels.
+        seed: Of sampled labels.
         first: How many of this process's batches are behind it.
 
     Yields:
@@ -177,20 +175,19 @@ def _passes(
         NumericsError: The loss is not finite.
     """
     device = model.get_input_embeddings().weight.device
+    draws = _draws(batches, seed) if fisher == "mc" else ()
     with frozen(model), recorded(matrices) as records, torch.enable_grad():
         mine = distributed.share(range(len(batches)))
-        before_mine: list[int | None] = [-1, *mine]
-        passes = list(zip(before_mine, mine, strict=False))[first:]
+        passes = [(number, True) for number in mine[first:]]
         if ranks.in_step():  # as many for every process: those of a sharded model run together
-            passes += [(None, 0)] * (max(distributed.gather(len(passes))) - len(passes))
-        for before, number in passes:
+            passes += [(0, False)] * (max(distributed.gather(len(passes))) - len(passes))
+        for number, counted in passes:
             batch = batches[number].to(device)
             logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
             labels = next_tokens(batch).to(logits.device)
             predicted = labels != -100
-            if fisher == "mc" and before is not None:
-                _skip(sum(map(_num_predicted, batches[before + 1 : number])) * logits.shape[-1], generator)
-                labels[predicted] = _sample(logits.detach()[predicted], generator)
+            if fisher == "mc":
+                labels[predicted] = sampled(logits.detach()[predicted], draws[number])
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
             found = {m.name: (records[m.name][0], g) for m, g in zip(matrices, gradients, strict=True)}
@@ -198,17 +195,15 @@ def _passes(
             if not torch.isfinite(loss):
                 layers = ", ".join(str(m.layer) for m in matrices)
                 raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
-            if before is not None:
+            if counted:
                 yield predicted, found
 
 
 class _State:
-    """Where a pass is: the sums so far, the batches behind it, and the labels' random generator."""
+    """Where a pass is: the sums so far, and the batches behind it."""
 
-    def __init__(self, matrices: Sequence[EditMatrix], kind: Kind, seed: int) -> None:
+    def __init__(self, matrices: Sequence[EditMatrix], kind: Kind) -> None:
         self.sums = {m.name: FactorSums(m.shape, m.parameter.device, kind) for m in matrices}
-        self.generator = torch.Generator().manual_seed(seed)
-        self.drawn = self.generator.get_state()
         self.done = 0
         self.whole = True
 
@@ -218,7 +213,6 @@ class _State:
         for name, (inputs, gradients) in found.items():
             counted = predicted.to(gradients.device)
             self.sums[name].add(inputs[counted], gradients[counted])
-        self.drawn = self.generator.get_state()
         self.done += 1
         self.whole = True
 
@@ -228,8 +222,7 @@ class _State:
         Raises:
             ArtifactError: It cannot be written.
         """
-        tensors = {"generator": self.drawn}
-        tensors |= {f"{name}/{part}": t.cpu() for name, sums in self.sums.items() for part, t in sums.state().items()}
+        tensors = {f"{name}/{part}": t.cpu() for name, sums in self.sums.items() for part, t in sums.state().items()}
         tokens = next(iter(self.sums.values())).num_tokens
         about = {"key": key, "done": str(self.done), "tokens": str(tokens)}
         write_tensors(path, tensors, about, "the state of the curvature pass")
@@ -250,18 +243,17 @@ class _State:
                 about = file.metadata() or {}
                 if about.get("key") != key:
                     return False
-                tokens, done, drawn = int(about["tokens"]), int(about["done"]), file.get_tensor("generator")
+                tokens, done = int(about["tokens"]), int(about["done"])
                 parts = {f"{name}/{part}": t for name, sums in self.sums.items() for part, t in sums.state().items()}
                 if any(file.get_slice(key).get_shape() != list(tensor.shape) for key, tensor in parts.items()):
                     return False
-                self.generator.set_state(drawn)
                 for name, tensor in parts.items():  # nothing can be missing now
                     tensor.copy_(file.get_tensor(name))
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
             return False  # damaged, or none: begin again
         for sums in self.sums.values():
             sums.num_tokens = tokens
-        self.drawn, self.done = drawn, done
+        self.done = done
         return True
 
 
@@ -344,7 +336,7 @@ def sum_factors(
         KeyboardInterrupt: As it came, after the state was saved.
         NumericsError: An activation or a gradient is not finite.
     """
-    state, total = _State(matrices, kind, seed), len(distributed.share(batches))
+    state, total = _State(matrices, kind), len(distributed.share(batches))
     if resume is not None and ranks.size() > 1:  # its own state: with other processes it would be of other batches
         resume, key = own_state(resume), f"{key} {ranks.rank()} of {ranks.size()}"
     restored = resume is not None and state.restore(resume, key)
@@ -354,7 +346,7 @@ def sum_factors(
     every = SAVE_SECONDS if every is None else every
     saved, pause = time.monotonic(), every
     try:
-        for predicted, found in _passes(model, matrices, batches, fisher, state.generator, state.done):
+        for predicted, found in _passes(model, matrices, batches, fisher, seed, state.done):
             state.add(predicted, found)
             progress("curvature", state.done, total)
             if resume is not None and state.done < total and time.monotonic() - saved >= pause:
@@ -458,9 +450,8 @@ def estimate_second_moments(
     """
     bases = {m.name: spectra[m.name].to(m.parameter.device) for m in matrices}
     sums = {m.name: torch.zeros(m.shape, device=m.parameter.device) for m in matrices}
-    generator = torch.Generator().manual_seed(seed)
     num_tokens = torch.tensor(0)
-    for number, (predicted, found) in enumerate(_passes(model, matrices, batches, fisher, generator)):
+    for number, (predicted, found) in enumerate(_passes(model, matrices, batches, fisher, seed)):
         num_tokens += int(predicted.sum())
         for name, (inputs, gradients) in found.items():
             counted = predicted.to(gradients.device)
@@ -473,23 +464,30 @@ def estimate_second_moments(
     return {name: total / num_tokens for name, total in sums.items()}
 
 
-def _num_predicted(batch: TokenBatch) -> int:
-    """How many tokens of a batch are labels (:func:`crispedit.texts.next_tokens`)."""
-    return int(batch.mask[:, 1:].sum())
+def _draws(batches: Sequence[TokenBatch], seed: int) -> tuple[Tensor, ...]:
+    """A uniform number for every token of every batch that is a label (:func:`crispedit.texts.next_tokens`)."""
+    counts = [int(batch.mask[:, 1:].sum()) for batch in batches]
+    return torch.split(torch.rand(sum(counts), generator=torch.Generator().manual_seed(seed)), counts)
 
 
-def _skip(numbers: int, generator: torch.Generator) -> None:
-    """Leaves a generator as if so many uniform numbers had been drawn from it."""
-    while numbers > 0:
-        # bytes: each takes as much of the generator as a float32 does, and less time
-        torch.empty(min(numbers, SKIPPED), dtype=torch.uint8).random_(generator=generator)
-        numbers -= SKIPPED
+def sampled(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One label per position from softmax(logits), by the inverse of its distribution function.
 
+    A random number per position is enough for that, whatever the vocabulary: the CPU draws those of all texts, the same
+    for every device and every process, in no time. Gumbel's trick takes one per logit.
 
-def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per position from softmax(logits), by the Gumbel trick; drawn on the CPU, the same on every device."""
-    uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
-    return (logits - (-uniform.clamp(1e-20).log()).clamp(1e-20).log()).argmax(-1)
+    Args:
+        logits: (positions, vocabulary) float32.
+        uniform: (positions,) float32 in [0, 1), on any device.
+
+    Returns:
+        (positions,) int64: the first label whose probability and that of all before it exceed ``uniform``.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]  # 1 but for rounding
+    sought = uniform.to(logits.device)[:, None] * total
+    below = total.nextafter(torch.zeros_like(total))  # at the total itself there may be labels without a share
+    return torch.searchsorted(cumulative, torch.minimum(sought, below), right=True)[:, 0]
 
 
 def merge_factors(factors: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
