@@ -4,7 +4,8 @@
     python benchmarks/real_size.py --shape tiny --out real-size.jsonl      # seconds: that it runs
     python benchmarks/real_size.py --table real-size.jsonl
 
-A model of a public shape with random weights, the bundled tokenizer and texts; ``crispedit plan`` and ``crispedit
+A model of a public shape with random weights whose spectra fall as a trained model's do (:func:`falling`), the bundled
+tokenizer and texts; ``crispedit plan`` and ``crispedit
 edit`` (curvature, eigenproblems, edit, proof, save, read back), each in a process of its own, on a quiet machine.
 Measured by :mod:`plan` beside this file: wall seconds and the largest resident set of every stage. The last line says
 whether the peak of the whole is within 20 % of what was planned.
@@ -42,9 +43,29 @@ def build(shape: str, directory: Path) -> None:
     fields.pop("layer_types", None)  # of the blocks of the shape, which a smaller model has fewer of
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(type(config)(**fields), dtype=torch.bfloat16)
+    falling(model)
     model.save_pretrained(directory)
     for file in Path(model_directory(BUNDLED)).glob("tokenizer*"):
         shutil.copy(file, directory)
+
+
+def falling(model: Any) -> None:
+    """Gives all that is written into the residual stream a covariance whose eigenvalues fall like 1/j, as plan assumes.
+
+    Random weights leave every direction alike: the curvature of such a model has no leading eigenpairs, as that of a
+    trained one has, and whole matrices are diagonalised.
+    """
+    import torch
+
+    width = model.config.hidden_size
+    falls = torch.arange(1, width + 1).rsqrt()
+    turned = torch.linalg.qr(torch.randn(width, width))[0] * (falls / falls.square().mean().sqrt())
+    embedding = model.get_input_embeddings().weight
+    writers = [m for name, m in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
+    with torch.no_grad():
+        embedding.copy_(embedding.float() @ turned.T)
+        for module in writers:
+            module.weight.copy_(turned @ module.weight.float())
 
 
 def verdict(row: dict[str, Any]) -> str:

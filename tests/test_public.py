@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "crispedit"
 LAYERS = (
     "_version errors settings ranks memory progress artifacts heartbeat distributed store isolated statistics "
     "endpoint workers replies bundled edits shapes offload models sharding texts threshold eigen moments patch "
-    "spectrum subspace completion rotation updates adam factors description halves curvature history cache rows "
+    "spectrum subspace completion rotation updates adam pieces factors description halves curvature history cache rows "
     "forward costs speed room replay remembered precision training natural generation capability drift_meter budget "
     "editors judge grading llm_judge wild teacher_forced live benchmarks untouched harness_tasks harness harness_job "
     "tasks checkpoint adapter proof certificate editing evaluation processes assumed workload stages planning methods "

@@ -16,12 +16,13 @@ from . import distributed
 from .bundled import abilities, corpus
 from .generation import answers
 from .models import EditMatrix
+from .pieces import HiddenStates, hidden_states
 from .progress import Progress, no_progress
 from .rows import Prompter
 from .texts import TokenBatch, next_tokens, text_batches
 
-Logits = Callable[[TokenBatch], Tensor]
-"""From a batch to logits, (rows, length, vocabulary)."""
+Logits = Callable[[TokenBatch], HiddenStates]
+"""From a batch to what its logits are made of, (rows, length, width)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,8 @@ class Drift:
 def logits_of(model: Any) -> Logits:
     """A model's logits as a function of token batches."""
 
-    def logits(batch: TokenBatch) -> Tensor:
-        batch = batch.to(model.get_input_embeddings().weight.device)
-        result: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-        return result
+    def logits(batch: TokenBatch) -> HiddenStates:
+        return hidden_states(model, batch.to(model.get_input_embeddings().weight.device))
 
     return logits
 
@@ -55,7 +54,7 @@ def logits_with(model: Any, matrices: Sequence[EditMatrix], weights: Mapping[str
     logits = logits_of(model)
     own = {m.name: m.weight.clone() for m in matrices}
 
-    def run(batch: TokenBatch) -> Tensor:
+    def run(batch: TokenBatch) -> HiddenStates:
         for matrix in matrices:
             matrix.weight.copy_(weights[matrix.name])
         try:
@@ -113,8 +112,10 @@ def drift_of_texts(
     def sums(batch: TokenBatch) -> Tensor:
         labels = next_tokens(batch)
         counted = labels != -100
-        log_p, log_q = (logits[counted.to(logits.device)] for logits in (base(batch), edited(batch)))
-        found = of_tokens(log_p, log_q, labels[counted])
+        before, after = (logits(batch).at(counted) for logits in (base, edited))
+        wanted = labels[counted]
+        parts = [of_tokens(before.logits(piece), after.logits(piece), wanted[piece]) for piece in after.pieces()]
+        found = torch.cat(parts, 1)
         text = counted.nonzero()[:, 0]
         return torch.zeros(4, len(labels), dtype=torch.float64).index_add_(1, text, found)
 
@@ -214,6 +215,9 @@ def _next_tokens_right(model: Any, tokenizer: Any, texts: Sequence[str]) -> Task
     for batch in text_batches(model, tokenizer, texts):
         labels = next_tokens(batch)
         counted = labels != -100
-        hits += ((logits(batch).argmax(-1).cpu() == labels) & counted).sum(1).tolist()
+        hidden = logits(batch).at(counted)
+        first = torch.cat([hidden.logits(piece).argmax(-1).cpu() for piece in hidden.pieces()])
+        right = torch.zeros_like(counted).masked_scatter(counted, first == labels[counted])
+        hits += right.sum(1).tolist()
         counts += counted.sum(1).tolist()
     return TaskItems(hits=hits, counts=counts)

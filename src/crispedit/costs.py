@@ -260,16 +260,17 @@ def texts_flops(
         kind: Of the factors; ``None`` for the forward pass alone.
 
     Returns:
-        The counts; no gradient of a parameter is taken.
+        The counts; no gradient of a parameter is taken. The head, at two positions more in every batch
+        (:mod:`crispedit.pieces`), is counted where something is predicted.
     """
     blocks, tokens, squares = block_costs(model), sum(lengths), sum(n * n for n in lengths)
-    head = head_flops(model) * tokens
+    predicting = tokens - len(lengths)  # a text's last token predicts nothing
+    head = head_flops(model) * predicting
     forward = _forward(blocks, tokens, squares) + head
     if kind is None:
         return StepFlops(forward=forward, backward=0)
     above, attention = _above(blocks, matrices[0].layer, tokens, tokens, squares)
     sums = sum(_sum_flops(size, kind) for matrix in matrices for size in matrix.shape)
-    predicting = tokens - len(lengths)  # a text's last token predicts nothing
     return StepFlops(forward=forward, backward=head + above + 2 * attention, update=predicting * sums)
 
 

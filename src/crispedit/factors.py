@@ -36,6 +36,7 @@ from .artifacts import write_tensors
 from .errors import ArtifactError, NumericsError, check_choice
 from .models import EditMatrix, frozen
 from .moments import Kind, Moment, MomentSum, weighted_sum
+from .pieces import HiddenStates, hidden_states
 from .progress import Progress, log, no_progress
 from .spectrum import Spectrum
 from .texts import TokenBatch, next_tokens
@@ -183,13 +184,12 @@ def _passes(
             passes += [(0, False)] * (max(distributed.gather(len(passes))) - len(passes))
         for number, counted in passes:
             batch = batches[number].to(device)
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-            labels = next_tokens(batch).to(logits.device)
+            labels = next_tokens(batch)
             predicted = labels != -100
-            if fisher == "mc":
-                labels[predicted] = sampled(logits.detach()[predicted], draws[number])
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            gradients = torch.autograd.grad(loss, [records[m.name][1] for m in matrices])
+            hidden = hidden_states(model, batch).at(predicted)
+            uniform = draws[number] if fisher == "mc" else None
+            loss, pulled = _pulled(hidden, labels[predicted].to(hidden.states.device), uniform)
+            gradients = torch.autograd.grad(hidden.states, [records[m.name][1] for m in matrices], pulled)
             found = {m.name: (records[m.name][0], g) for m, g in zip(matrices, gradients, strict=True)}
             records.clear()
             if not torch.isfinite(loss):
@@ -197,6 +197,26 @@ def _passes(
                 raise NumericsError(f"the capability loss of batch {number + 1} is not finite (layers {layers})")
             if counted:
                 yield predicted, found
+
+
+def _pulled(hidden: HiddenStates, labels: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss of tokens, summed, and its gradient in their hidden states; a few tokens at a time.
+
+    Args:
+        hidden: (tokens, width).
+        labels: (tokens,).
+        uniform: Numbers by which labels are sampled in place of these, if they are.
+    """
+    pulled = torch.empty_like(hidden.states)
+    loss = torch.zeros((), device=labels.device)
+    for piece in hidden.pieces():
+        part = hidden.states[piece]
+        logits = hidden.head(part).float()
+        wanted = labels[piece] if uniform is None else sampled(logits.detach(), uniform[piece])
+        of_part = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+        (pulled[piece],) = torch.autograd.grad(of_part, part)
+        loss += of_part.detach()
+    return loss, pulled
 
 
 class _State:
@@ -416,7 +436,8 @@ def factors_of(name: str, sums: FactorSums) -> Factors:
     sums.add_up()
     factors = sums.mean()
     for moment in (factors.A, factors.G):
-        if not torch.isfinite(moment if isinstance(moment, Tensor) else moment.product).all():
+        # |A_ij| is at most the larger of A_ii and A_jj: the diagonal of a dense factor tells
+        if not torch.isfinite(moment.diagonal() if isinstance(moment, Tensor) else moment.product).all():
             raise NumericsError(f"the curvature factors of {name} are not finite; load the model with --dtype float32")
     return factors
 

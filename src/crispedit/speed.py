@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factors import sampled
 from .models import decoder_blocks, text_config
 
 BUDGET = 0.25
@@ -151,8 +152,8 @@ def _logit_seconds(columns: int, device: torch.device) -> float:
     logits = torch.zeros(NUMBERS // columns or 1, columns, device=device, requires_grad=True)
 
     def run() -> None:
-        noise = torch.rand(logits.shape).to(device).log_().neg_().log_()
-        loss = nn.functional.cross_entropy(logits.float(), (logits.detach() - noise).argmax(-1), reduction="sum")
+        labels = sampled(logits.detach(), torch.rand(len(logits)))
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         torch.autograd.grad(loss, logits)
 
     return _seconds(run, device) / logits.numel()

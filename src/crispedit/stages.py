@@ -40,6 +40,7 @@ from .forward import BatchSize, batch_size
 from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
+from .pieces import tokens_at_once
 from .replay import CHECK_ROWS, recorded_together
 from .room import MEMORY_SHARE
 from .rows import EditRow
@@ -166,10 +167,14 @@ class Planner:
     def _passing(self) -> float:
         """Bytes of the largest batch of texts in the pass; 0 without one."""
         tokens = max((max(lengths) * len(lengths) for half in self.work.halves for lengths in half), default=0)
-        return SLACK * (
-            self._kept(tokens, self.above, self.settings.dtype)
-            + tokens * 4 * LOGIT_COPIES * vocabulary(self.work.model)
-        )
+        return SLACK * (self._kept(tokens, self.above, self.settings.dtype) + LOGIT_COPIES * self._logit_bytes(tokens))
+
+    def _logit_bytes(self, tokens: int) -> int:
+        """Float32 logits of a batch of texts, as many as there are at a time."""
+        vocabulary_size = vocabulary(self.work.model)
+        if not self.processes.shard:
+            tokens = min(tokens, tokens_at_once(vocabulary_size, "cpu" if self.work.on_cpu else ""))
+        return 4 * vocabulary_size * tokens
 
     def _after(self, transient: float) -> float:
         """What tensors that come and go take in a later stage: at least what the pass over the texts left."""
@@ -348,7 +353,7 @@ class Planner:
         later = 1 if same else 2
         per_token = cached_bytes(work.model, self.settings.dtype)
         cached = max((len(group) * (max(group) + MAX_NEW_TOKENS) for group in work.prompts), default=0) * per_token
-        logits = max((max(batch) * len(batch) for batch in work.held_out), default=0) * vocabulary(work.model) * 4
+        logits = self._logit_bytes(max((max(batch) * len(batch) for batch in work.held_out), default=0))
         drafted = DRAFT_TOKENS * vocabulary(work.model) * self.settings.dtype.itemsize
         d_out, d_in = max(self.shapes, key=lambda shape: shape[0] * shape[1])
         # a share outside a subspace, in float64: the change, what is outside, and both bases
