@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders import WordTokenizer, curvature_of, long_texts
-from crispedit import eigen
+from crispedit import description, eigen
 from crispedit.curvature import MANIFEST, TENSORS, Curvature, merge
 from crispedit.description import ENERGY, describe
 from crispedit.errors import ArtifactError, ConfigError, ModelError
@@ -215,6 +215,37 @@ def test_equal_halves_overlap_whole_and_unrelated_ones_by_chance():
     assert chance.overlap == pytest.approx(chance.share, abs=0.05)
     assert chance.transfer == pytest.approx(chance.share, abs=0.15)
     assert describe(one).overlap is None
+
+
+@pytest.mark.parametrize(("p", "tried"), [(1.1, [8, 16, 32, 64]), (1.0, [8, 16, 32, 64, 128])])
+def test_wide_factors_are_described_by_as_many_pairs_as_crosses_take(p, tried, monkeypatch):
+    """Close to what diagonalisations say: a cross may be a little larger, for what follows its pairs is not known."""
+    halves = [
+        Factors(
+            A=sampled_factor(power_law(400, p), 0, seed), G=sampled_factor(power_law(300, p), 1, seed), num_tokens=9
+        )
+        for seed in (5, 6)
+    ]
+    whole, ranks = describe(merge_factors(halves), halves), []
+    monkeypatch.setattr(description, "DESCRIBED_WHOLE", 100)
+    monkeypatch.setattr(description, "RANK", 8)
+    leading = description.approximate_pairs
+    monkeypatch.setattr(description, "approximate_pairs", lambda M, rank: (ranks.append(rank), leading(M, rank))[1])
+    found = describe(merge_factors(halves), halves)
+    assert ranks == [rank for rank in tried for _ in range(6)]
+    assert found.traces == pytest.approx(whole.traces, rel=1e-6)
+    assert found.effective_rank == pytest.approx(whole.effective_rank, rel=1e-5)
+    assert found.energy == whole.energy
+    assert whole.share <= found.share < 1.2 * whole.share
+    assert found.overlap == pytest.approx(whole.overlap, abs=0.02)
+    assert found.transfer == pytest.approx(whole.transfer, abs=0.02)
+
+
+def sampled_factor(values: torch.Tensor, seed: int, sample: int) -> torch.Tensor:
+    """The second moment of 900 vectors whose expected one has these eigenvalues."""
+    root = torch.linalg.cholesky(random_factor(values, seed).double() + 1e-9 * torch.eye(len(values)))
+    noise = torch.randn(len(values), 900, generator=torch.Generator().manual_seed(sample), dtype=torch.float64)
+    return ((root @ noise) @ (root @ noise).T / 900).float()
 
 
 def power_law(n: int, p: float = 1.0) -> torch.Tensor:

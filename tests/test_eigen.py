@@ -265,3 +265,27 @@ def test_the_same_matrix_refreshed_is_as_it_was():
     old = TopSolver(matrix).top(COUNT)
     found = refreshed(matrix.float(), old.vectors)
     assert (found.values[:COUNT] - old.values[:COUNT]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.5])
+def test_approximate_pairs_hold_what_they_are_said_to_hold(exponent):
+    """Rayleigh quotients of orthonormal float32 vectors: none above the eigenvalue at its place but for rounding."""
+    truth = torch.arange(1, 601, dtype=torch.float64) ** -exponent
+    matrix = matrix_with(truth)[0].float()
+    found = eigen.approximate_pairs(matrix, 80)
+    assert (found.values <= truth[:80] * (1 + 1e-5)).all()
+    assert (found.values[:20] >= 0.98 * truth[:20]).all()
+    assert (found.values[:40] >= 0.9 * truth[:40]).all()
+    gram = found.vectors.T @ found.vectors
+    assert (gram - torch.eye(80)).abs().max() < 1e-5
+    held = (found.vectors.double().T @ matrix.double() @ found.vectors.double()).diagonal()
+    assert torch.allclose(held, found.values, rtol=1e-4, atol=1e-6)
+    off = (matrix.double() @ found.vectors.double() - found.vectors.double() * found.values).norm(dim=0)
+    assert torch.allclose(found.residuals, off, rtol=1e-3, atol=1e-6)
+    assert found.trace == pytest.approx(float(truth.sum()), rel=1e-5)
+
+
+def test_approximate_pairs_of_a_small_matrix_are_all_of_them():
+    truth = torch.tensor([3.0, 1.0, 0.0])
+    found = eigen.approximate_pairs(matrix_with(truth)[0].float(), 256)
+    assert torch.allclose(found.values, truth.double(), atol=1e-6)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .costs import EIGH_BYTES, Shape, eigh_flops, nystrom_flops
 from .curvature import default_constraint
+from .description import ENERGY, RANK, TAKEN
 from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
@@ -261,6 +262,23 @@ def exponent(size: int, rank: float) -> float:
         else:
             high = middle
     return (low + high) / 2
+
+
+def described_ranks(shape: Shape) -> list[int]:
+    """How many leading pairs of dense factors are found to describe a matrix (:func:`crispedit.description.describe`).
+
+    Args:
+        shape: (d_out, d_in) of the matrix, whose spectra are assumed to fall like 1/j.
+
+    Returns:
+        In the order in which they are tried.
+    """
+    d_out, d_in = shape
+    widest = max(cross_threshold(falling(d_in, EXPONENT), falling(d_out, EXPONENT), ENERGY).cross or (0, 0))
+    ranks = [RANK]
+    while ranks[-1] < min(widest / TAKEN, sketch_rank(max(shape))):
+        ranks.append(2 * ranks[-1])
+    return ranks
 
 
 def _search_cross(inputs: _Side, outputs: _Side, energy: float) -> tuple[int, int]:

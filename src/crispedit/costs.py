@@ -320,6 +320,20 @@ def nystrom_flops(size: int, *, dense: bool) -> int:
     return sketching + 10 * size * rank**2 + 7 * rank**3 + 2 * eigh_flops(rank)
 
 
+def approximate_flops(size: int, rank: int) -> int:
+    """Flops of about so many leading pairs of a dense factor (:func:`crispedit.eigen.approximate_pairs`).
+
+    Args:
+        size: n.
+        rank: k ≤ n.
+
+    Returns:
+        Three products with the matrix, two QR decompositions (4 n k²), three products of n × k and k × k matrices; the
+        small diagonalisation aside.
+    """
+    return 6 * size**2 * rank + 14 * size * rank**2
+
+
 def _columns(size: int, kind: Kind) -> int:
     return size if kind == "dense" else min(size, sketch_rank(size))
 

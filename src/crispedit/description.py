@@ -9,16 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
+
+from .eigen import approximate_pairs
 from .errors import ConfigError
 from .factors import Factors
-from .moments import Sketch, captured, trace
+from .moments import Moment, Sketch, captured, sketch_rank, trace
 from .spectrum import Spectrum
 from .subspace import Subspace, cross_overlap
 
 ENERGY = 0.9
 """γ at which a curvature is described; the default of an edit."""
 DESCRIBED_WHOLE = 1024
-"""Factors wider than this are described by their sketches: no diagonalisation takes minutes unasked."""
+"""Factors wider than this are described by some leading pairs: no diagonalisation takes minutes unasked."""
+RANK, TAKEN = 256, 0.75
+"""So many at first; twice as many as long as crosses take more than this share of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +69,9 @@ def leading_spectrum(factors: Factors) -> Spectrum:
 def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = ENERGY) -> Description:
     """One matrix's curvature in a few numbers, in seconds at any width.
 
-    Factors up to :data:`DESCRIBED_WHOLE` are diagonalised; wider ones, and sketches, are known by the leading pairs
-    of a sketch: effective ranks come out too large then, the share of the cross too, and the transfer too small.
+    Factors up to :data:`DESCRIBED_WHOLE` are diagonalised; of wider ones about as many leading pairs are found as
+    crosses take (:func:`crispedit.eigen.approximate_pairs`). Where factors are sketches themselves the effective ranks
+    come out too large, the share of the cross too, and the transfer too small.
 
     Args:
         factors: Of the matrix.
@@ -75,18 +81,14 @@ def describe(factors: Factors, halves: Sequence[Factors] = (), energy: float = E
     Returns:
         The description.
     """
-    spectra = [known_spectrum(of_texts) for of_texts in (factors, *halves)]
-    known = zip(spectra[0].traces, (spectra[0].alpha, spectra[0].beta), strict=True)
-    sides = zip(known, spectra[0].shape[::-1], strict=True)
-    ranks = [min(t**2 / max(float(v.square().sum()), 1e-300), n) for (t, v), n in sides]
-    energy, crosses = _crosses(spectra, energy)
+    energy, crosses = _crosses((factors, *halves), energy)
     overlap = transfer = None
     if len(halves) == 2:
         overlap = cross_overlap(crosses[1], crosses[2])
         transfer = (held(crosses[1], halves[1]) + held(crosses[2], halves[0])) / 2
     return Description(
-        traces=spectra[0].traces,
-        effective_rank=(ranks[0], ranks[1]),
+        traces=crosses[0].spectrum.traces,
+        effective_rank=(effective_rank(factors.A), effective_rank(factors.G)),
         energy=energy,
         cross=crosses[0].threshold.cross or (0, 0),
         share=crosses[0].threshold.num_high / math.prod(crosses[0].shape),
@@ -102,8 +104,28 @@ def known_spectrum(factors: Factors) -> Spectrum:
     return leading_spectrum(factors)
 
 
-def _crosses(spectra: Sequence[Spectrum], energy: float) -> tuple[float, list[Subspace]]:
-    """The crosses at an energy, or at a tenth, two tenths, … less, where all spectra know theirs."""
+def effective_rank(moment: Moment) -> float:
+    """tr(M)² / ‖M‖²_F, at most n; of a sketch, of what it knows."""
+    norm = moment.norm() if isinstance(moment, Tensor) else moment.eigenpairs.values.norm()
+    return min(trace(moment) ** 2 / max(float(norm) ** 2, 1e-300), len(moment))
+
+
+def _crosses(every: Sequence[Factors], energy: float) -> tuple[float, list[Subspace]]:
+    """The crosses of factors at an energy, or at a tenth, two tenths, … less, where all spectra know theirs."""
+    size = max(len(every[0].A), len(every[0].G))
+    if size <= DESCRIBED_WHOLE or not all(factors.dense for factors in every):
+        return _cut([known_spectrum(factors) for factors in every], energy)
+    rank = RANK
+    while True:
+        spectra = [Spectrum.of_pairs(*(approximate_pairs(M, rank) for M in factors.dense or ())) for factors in every]
+        found, crosses = _cut(spectra, energy)
+        taken = max(max(cross.threshold.cross or (0, 0)) for cross in crosses)
+        if (found == energy and taken <= TAKEN * rank) or rank >= sketch_rank(size):
+            return found, crosses
+        rank *= 2
+
+
+def _cut(spectra: Sequence[Spectrum], energy: float) -> tuple[float, list[Subspace]]:
     while energy > 0:
         try:
             return energy, [Subspace.of(spectrum, energy, "cross") for spectrum in spectra]

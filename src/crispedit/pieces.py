@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ranks
 from .texts import TokenBatch
 
-AT_ONCE = {"cpu": 2**22, "": 2**27}
+AT_ONCE = {"cpu": 2**22, "": 2**25}
 """Logits that are there at a time, by kind of device: on a CPU as many as malloc hands out again without new pages."""
 
 _otherwise: WeakSet[Any] = WeakSet()

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from .assumed import choose
+from .assumed import choose, described_ranks
 from .budget import LOOKED_AT
 from .costs import (
     EIGH_BYTES,
     Shape,
     StepFlops,
     answer_flops,
+    approximate_flops,
     block_costs,
     cached_bytes,
     eigh_flops,
@@ -144,8 +145,7 @@ class Planner:
         widest = max(self.shapes, key=lambda shape: factor_bytes([shape], kind))
         one = factor_bytes([widest], kind)
         passing = self._passing()
-        described = 3 * factor_bytes([widest], "sketch" if self._sketched(max(widest)) else "dense")
-        merging = 3 * one + described + self._eigh_bytes()
+        merging = 3 * one + 3 * self._described_bytes(widest)
         mine = [batch for half in work.halves for batch in self.processes.busiest(half)]
         described_by = self.processes.owned(self.shapes, [sum(size**3 for size in shape) for shape in self.shapes])
         if self.processes.size > 1:  # both halves of all that a process describes wait until the others have theirs
@@ -188,22 +188,28 @@ class Planner:
         """Of the description of both halves and their sum: n³ summed over diagonalisations, flops of products."""
         cubes, products = 0, 0
         for shape in shapes:
+            if not self._sketched(max(shape)):
+                cubes += 3 * sum(size**3 for size in shape)
+                continue
             for size in shape:
-                if self._sketched(max(shape)):
-                    rank = sketch_rank(size)
-                    cubes += 3 * 2 * rank**3
-                    whole = nystrom_flops(size, dense=self.settings.kind == "dense")
-                    products += 3 * (whole - 2 * eigh_flops(rank))
-                else:
-                    cubes += 3 * size**3
+                if self.settings.kind == "sketch":
+                    cubes += 3 * 2 * sketch_rank(size) ** 3
+                    products += 3 * (nystrom_flops(size, dense=False) - 2 * eigh_flops(sketch_rank(size)))
+                    continue
+                for rank in described_ranks(shape):
+                    cubes += 3 * min(rank, size) ** 3
+                    products += 3 * approximate_flops(size, min(rank, size))
         return cubes, products
 
-    def _eigh_bytes(self) -> int:
-        """What the diagonalisation of the widest factor takes beside the factor and its spectrum."""
-        size = max(max(shape) for shape in self.shapes)
-        if self.settings.kind == "sketch" or self._sketched(size):
-            return EIGH_BYTES * sketch_rank(size) ** 2
-        return EIGH_BYTES * size**2
+    def _described_bytes(self, shape: Shape) -> int:
+        """The pairs that a matrix is described by, and what finding those of its widest factor takes beside them."""
+        if self.settings.kind == "sketch":
+            return factor_bytes([shape], "sketch") + EIGH_BYTES * sketch_rank(max(shape)) ** 2
+        if not self._sketched(max(shape)):
+            return factor_bytes([shape], "dense") + EIGH_BYTES * max(shape) ** 2
+        rank = described_ranks(shape)[-1]
+        # vectors of both, and of the widest the basis, its images and what they are turned into
+        return sum(4 * size * min(rank, size) for size in (*shape, *[max(shape)] * 4)) + EIGH_BYTES * rank**2
 
     def _diagonalise(self) -> Stage:
         """The spectra that the subspaces take, matrix by matrix."""
