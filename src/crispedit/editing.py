@@ -30,6 +30,7 @@ from .editors.base import EditorConfig, EditProblem, Round
 from .edits import Edit, EditSet, edits_from_rows, spread
 from .errors import ConfigError, EditFailed, EditsError
 from .generation import Answer, Ids
+from .memory import give_back
 from .models import EditMatrix, context_length, fingerprint, frozen, tensor_fingerprints
 from .patch import Patch, StoredTensors
 from .precision import float32_masters
@@ -291,6 +292,7 @@ def _edit_and_prove(
     model, matrices, prompter, progress = problem.model, problem.matrices, problem.prompter, problem.progress
 
     def answers(drafts: Sequence[Sequence[Ids]]) -> list[Answer]:
+        give_back()
         return ask(model, prompter, asked, "no_context", drafts=drafts, progress=progress)
 
     def ask_again(done: Round) -> None:
@@ -314,6 +316,7 @@ def _edit_and_prove(
         before = answers([[] if new else draft for new, draft in zip(unknown, expected, strict=True)])
         with float32_masters(matrices):
             loss_before = loss()
+            give_back()
             rounds, seconds = _run(module.edit(problem, config), matrices, ask_again)
             change = {m.name: m.weight - originals[m.name].float() for m in matrices}
             loss_after = loss()

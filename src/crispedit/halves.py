@@ -16,6 +16,7 @@ from . import distributed, ranks
 from .description import Description, describe
 from .errors import TextsError
 from .factors import Factors, FactorSums, factors_of, merge_factors, own_state, saved_sums
+from .memory import give_back
 from .models import EditMatrix
 from .progress import Progress
 from .texts import TokenBatch, text_batches
@@ -59,6 +60,7 @@ def factors_of_halves(
 
         last = one_pass(batches, seed=len(halves) * seed + number, resume=file, progress=report)
         behind += len(batches)
+        give_back()
         if number < len(halves) - 1:
             finished.append(safe_open(own_state(file), "pt"))
     factors: dict[str, Factors] = {}

@@ -1,5 +1,6 @@
 """How much memory there is, and how much this process takes."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -59,3 +60,10 @@ def peak_bytes() -> int:
     except OSError:
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Gives the system the pages that malloc keeps of what was freed, where it is glibc's: a stage leaves gigabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -145,7 +145,8 @@ class Planner:
         widest = max(self.shapes, key=lambda shape: factor_bytes([shape], kind))
         one = factor_bytes([widest], kind)
         passing = self._passing()
-        merging = 3 * one + 3 * self._described_bytes(widest)
+        described, found = self._described_bytes(widest)
+        merging = 3 * one + 3 * described + found
         mine = [batch for half in work.halves for batch in self.processes.busiest(half)]
         described_by = self.processes.owned(self.shapes, [sum(size**3 for size in shape) for shape in self.shapes])
         if self.processes.size > 1:  # both halves of all that a process describes wait until the others have theirs
@@ -201,15 +202,16 @@ class Planner:
                     products += 3 * approximate_flops(size, min(rank, size))
         return cubes, products
 
-    def _described_bytes(self, shape: Shape) -> int:
+    def _described_bytes(self, shape: Shape) -> tuple[int, int]:
         """The pairs that a matrix is described by, and what finding those of its widest factor takes beside them."""
+        widest = max(shape)
         if self.settings.kind == "sketch":
-            return factor_bytes([shape], "sketch") + EIGH_BYTES * sketch_rank(max(shape)) ** 2
-        if not self._sketched(max(shape)):
-            return factor_bytes([shape], "dense") + EIGH_BYTES * max(shape) ** 2
+            return factor_bytes([shape], "sketch"), EIGH_BYTES * sketch_rank(widest) ** 2
+        if not self._sketched(widest):
+            return factor_bytes([shape], "dense"), EIGH_BYTES * widest**2
         rank = described_ranks(shape)[-1]
-        # vectors of both, and of the widest the basis, its images and what they are turned into
-        return sum(4 * size * min(rank, size) for size in (*shape, *[max(shape)] * 4)) + EIGH_BYTES * rank**2
+        # beside the vectors: a basis, its images, what these are turned into, what is left over
+        return sum(4 * n * min(rank, n) for n in shape), 4 * 4 * widest * rank + EIGH_BYTES * rank**2
 
     def _diagonalise(self) -> Stage:
         """The spectra that the subspaces take, matrix by matrix."""
