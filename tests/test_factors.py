@@ -359,6 +359,12 @@ def test_a_label_without_probability_is_never_sampled(vocabulary):
         assert found.max() < vocabulary - 1
 
 
+def test_logits_that_are_not_numbers_have_a_label_all_the_same():
+    """A label beyond the vocabulary would end a GPU's process before it could be said what is wrong."""
+    found = sampled(torch.full((2, 5), torch.nan), torch.tensor([0.0, 0.9]))
+    assert ((found >= 0) & (found < 5)).all()
+
+
 def test_the_global_random_state_plays_no_part():
     model, rows = tiny_llama(), random_rows(LENGTHS)
     (matrix,) = edit_matrices(model, [0])

@@ -91,6 +91,16 @@ def test_drift_is_that_of_all_logits_at_once(monkeypatch):
         assert getattr(in_pieces, name) == pytest.approx(getattr(whole, name), rel=1e-5)
 
 
+def test_a_batch_without_a_next_token_has_no_drift_and_no_gradient():
+    model, batches = tiny_llama(), [pad([[3], [4]], 0), pad(random_rows(LENGTHS), 0)]
+    alone = measure_drift(logits_of(model), logits_of(model), batches[1:])
+    assert measure_drift(logits_of(model), logits_of(model), batches) == alone
+    matrices = edit_matrices(model, [0])
+    both, one = (estimate_factors(model, matrices, some)[matrices[0].name] for some in (batches, batches[1:]))
+    assert both.num_tokens == one.num_tokens
+    assert torch.equal(both.G, one.G)
+
+
 def test_at_least_one_position_is_computed():
     states = HiddenStates.of_logits(torch.zeros(3, 2 * max(pieces.AT_ONCE.values())).to("meta"))
     assert [len(states.states[piece]) for piece in states.pieces()] == [1, 1, 1]

@@ -212,10 +212,10 @@ def _pulled(hidden: HiddenStates, labels: Tensor, uniform: Tensor | None) -> tup
     for piece in hidden.pieces():
         part = hidden.states[piece]
         logits = hidden.head(part).float()
-        wanted = labels[piece] if uniform is None else sampled(logits.detach(), uniform[piece])
+        wanted = labels[piece].to(logits.device) if uniform is None else sampled(logits.detach(), uniform[piece])
         of_part = nn.functional.cross_entropy(logits, wanted, reduction="sum")
         (pulled[piece],) = torch.autograd.grad(of_part, part)
-        loss += of_part.detach()
+        loss += of_part.detach().to(loss.device)
     return loss, pulled
 
 
@@ -508,7 +508,8 @@ def sampled(logits: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:]  # 1 but for rounding
     sought = uniform.to(logits.device)[:, None] * total
     below = total.nextafter(torch.zeros_like(total))  # at the total itself there may be labels without a share
-    return torch.searchsorted(cumulative, torch.minimum(sought, below), right=True)[:, 0]
+    found = torch.searchsorted(cumulative, torch.minimum(sought, below), right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)  # of logits that are not numbers too: the loss will say so
 
 
 def merge_factors(factors: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:

@@ -57,9 +57,9 @@ class HiddenStates:
         return replace(self, states=self.states[positions.to(self.states.device)])
 
     def pieces(self) -> Iterator[slice]:
-        """Parts of (positions, width), as many positions as may have their logits at a time."""
+        """Parts of (positions, width): as many as may have their logits at a time; of none, one part without any."""
         step = tokens_at_once(self.vocabulary, self.states.device.type)
-        return (slice(first, first + step) for first in range(0, len(self.states), step))
+        return (slice(first, first + step) for first in range(0, max(1, len(self.states)), step))
 
     def logits(self, piece: slice) -> Tensor:
         """The logits of a part, (positions, vocabulary) float32."""
@@ -90,7 +90,7 @@ def hidden_states(model: Any, batch: TokenBatch) -> HiddenStates:
             logits: Tensor = model(**given).logits
         finally:
             handle.remove()
-        if len(kept) == 1 and torch.equal(logits.float(), head(_first(kept[0])).float()):
+        if len(kept) == 1 and torch.equal(logits.float(), head(_first(kept[0])).to(logits.device).float()):
             return HiddenStates(kept[0], head, logits.shape[-1])
         _otherwise.add(model)
     return HiddenStates.of_logits(model(**given).logits)
