@@ -15,7 +15,7 @@ from crispedit import cli
 from test_distributed_failures import prepare
 
 ROWS = [{"prompt": f"Who is number {i}?", "target": f"{chr(65 + i)}ob"} for i in range(24)]
-EDIT = "edit model edits.json --texts texts.txt --layers 1,2 --epochs 8 --lr 0.004 --json".split()
+EDIT = "edit model edits.json --texts texts.txt --layers 1,2 --epochs 8 --lr 0.004 --precision float32 --json".split()
 
 
 def compare(one: Path, other: Path) -> None:
