@@ -5,10 +5,9 @@
     python benchmarks/real_size.py --table real-size.jsonl
 
 A model of a public shape with random weights whose spectra fall as a trained model's do (:func:`falling`), the bundled
-tokenizer and texts; ``crispedit plan`` and ``crispedit
-edit`` (curvature, eigenproblems, edit, proof, save, read back), each in a process of its own, on a quiet machine.
-Measured by :mod:`plan` beside this file: wall seconds and the largest resident set of every stage. The last line says
-whether the peak of the whole is within 20 % of what was planned.
+tokenizer and texts; ``crispedit plan`` and ``crispedit edit`` (curvature, eigenproblems, edit, proof, save, read back),
+each in a process of its own, on a quiet machine. Measured by :mod:`plan` beside this file: wall seconds and the largest
+resident set of every stage. The last line says whether the peak of the whole is within 20 % of what was planned.
 """
 
 import argparse

@@ -209,7 +209,7 @@ def choose(
             rank = sketch_rank(side.size)
             side.known = side.basis = rank
             side.cubes = 2 * rank**3
-            side.flops = nystrom_flops(side.size, dense=False) - eigh_flops(1) * side.cubes
+            side.flops = nystrom_flops(side.size) - eigh_flops(1) * side.cubes
         subspace = _cross(_spectrum(inputs, outputs, (inputs.known, outputs.known)), energy)
         working = EIGH_BYTES * max(inputs.known, outputs.known) ** 2
     elif constraint == "staircase":
@@ -264,7 +264,8 @@ def exponent(size: int, rank: float) -> float:
     return (low + high) / 2
 
 
-def described_ranks(shape: Shape) -> list[int]:
+@lru_cache(maxsize=64)
+def described_ranks(shape: Shape) -> tuple[int, ...]:
     """How many leading pairs of dense factors are found to describe a matrix (:func:`crispedit.description.describe`).
 
     Args:
@@ -278,7 +279,7 @@ def described_ranks(shape: Shape) -> list[int]:
     ranks = [RANK]
     while ranks[-1] < min(widest / TAKEN, sketch_rank(max(shape))):
         ranks.append(2 * ranks[-1])
-    return ranks
+    return tuple(ranks)
 
 
 def _search_cross(inputs: _Side, outputs: _Side, energy: float) -> tuple[int, int]:

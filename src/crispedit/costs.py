@@ -305,19 +305,17 @@ def eigh_flops(size: int) -> int:
     return EIGH * size**3
 
 
-def nystrom_flops(size: int, *, dense: bool) -> int:
+def nystrom_flops(size: int) -> int:
     """Flops of the leading eigenpairs of a factor by its sketch (:attr:`crispedit.moments.Sketch.eigenpairs`).
 
     Args:
         size: n.
-        dense: Whether the sketch must be made of a dense factor first.
 
     Returns:
         The count: five products of n × ℓ with ℓ × ℓ matrices, some of ℓ × ℓ, two diagonalisations.
     """
     rank = sketch_rank(size)
-    sketching = 2 * size**2 * rank if dense else 0
-    return sketching + 10 * size * rank**2 + 7 * rank**3 + 2 * eigh_flops(rank)
+    return 10 * size * rank**2 + 7 * rank**3 + 2 * eigh_flops(rank)
 
 
 def approximate_flops(size: int, rank: int) -> int:

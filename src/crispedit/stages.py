@@ -195,11 +195,11 @@ class Planner:
             for size in shape:
                 if self.settings.kind == "sketch":
                     cubes += 3 * 2 * sketch_rank(size) ** 3
-                    products += 3 * (nystrom_flops(size, dense=False) - 2 * eigh_flops(sketch_rank(size)))
-                    continue
-                for rank in described_ranks(shape):
-                    cubes += 3 * min(rank, size) ** 3
-                    products += 3 * approximate_flops(size, min(rank, size))
+                    products += 3 * (nystrom_flops(size) - 2 * eigh_flops(sketch_rank(size)))
+                else:
+                    ranks = [min(rank, size) for rank in described_ranks(shape)]
+                    cubes += 3 * sum(rank**3 for rank in ranks)
+                    products += 3 * sum(approximate_flops(size, rank) for rank in ranks)
         return cubes, products
 
     def _described_bytes(self, shape: Shape) -> tuple[int, int]:
