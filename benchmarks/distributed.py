@@ -55,7 +55,7 @@ class Clock:
 
     def watch(self) -> None:
         """Counts from now on what collectives take."""
-        for name in ("all_reduce", "broadcast"):
+        for name in ("all_reduce", "reduce", "broadcast"):
             setattr(dist, name, self._timed(getattr(dist, name)))
 
     def _timed(self, function: Any) -> Any:

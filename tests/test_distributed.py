@@ -71,6 +71,15 @@ def test_edited_weights_are_those_of_one_process(results, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_matrix_is_trained_by_one_process(results, size):
+    """Its master, parameter and moments are there and nowhere else; with three processes one has none."""
+    (whole,), trained = (together.read(results[n], "training")[0]["trained"] for n in (1, size))
+    assert [sum(numbers) for numbers in zip(*trained, strict=True)] == whole
+    assert all(numbers.count(0) == len(whole) - 1 or not any(numbers) for numbers in trained)
+    assert sum(not any(numbers) for numbers in trained) == size - len(whole)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_an_edit_within_a_budget_is_that_of_one_process(results, size):
     """The change, what was measured after every epoch, and what was taken back at the end: to 1e-5, as above."""
     one, several = (together.read(results[n], "budget") for n in (1, size))

@@ -16,14 +16,15 @@ PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
     "_version errors settings ranks memory progress artifacts heartbeat distributed store isolated statistics "
-    "endpoint workers replies bundled edits shapes offload models sharding texts threshold eigen moments patch "
-    "spectrum subspace completion rotation updates adam pieces factors description halves curvature history cache rows "
-    "forward costs speed room replay remembered precision training natural generation capability drift_meter budget "
-    "editors judge grading llm_judge wild teacher_forced live benchmarks untouched harness_tasks harness harness_job "
-    "tasks checkpoint adapter proof certificate editing evaluation processes assumed workload stages planning methods "
-    "typical session plot frontier jobs plan_job session_evaluation demo session_plot tradeoff scatter experiments "
-    "comparing paired report_definitions report_verdict report_curvature report report_markdown report_html console "
-    "options evaluate_cli lenet_cli patch_cli session_cli cli"
+    "endpoint workers replies bundled edits shapes offload models ownership sharding texts threshold eigen "
+    "moments patch spectrum subspace completion rotation updates adam pieces factors description halves "
+    "curvature history cache rows forward costs speed room replay remembered precision training natural "
+    "generation capability drift_meter budget editors judge grading llm_judge wild teacher_forced live "
+    "benchmarks untouched harness_tasks harness harness_job tasks checkpoint adapter proof certificate editing "
+    "evaluation processes assumed workload stages planning methods typical session plot frontier jobs plan_job "
+    "session_evaluation demo session_plot tradeoff scatter experiments comparing paired report_definitions "
+    "report_verdict report_curvature report report_markdown report_html console options evaluate_cli lenet_cli "
+    "patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and cli show what the others do)."""
 

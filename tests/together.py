@@ -48,13 +48,14 @@ from crispedit.edits import edits_from_rows
 from crispedit.factors import estimate_factors, estimate_second_moments
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
+from crispedit.rotation import rotated
 from crispedit.rows import EditRow
 from crispedit.sharding import shard_model, whole_state
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.texts import pad, row_batches, text_batches
-from crispedit.training import fine_tune, train
-from crispedit.updates import Coordinates, PricedCoordinates, Projected, Unconstrained
+from crispedit.training import RuledMatrices, fine_tune, train
+from crispedit.updates import Coordinates, LeadingCoordinates, PricedCoordinates, Projected, Unconstrained
 from reference import random_rows, tiny_gpt2, tiny_llama
 
 Found = tuple[dict[str, Any], dict[str, Tensor]]
@@ -106,6 +107,7 @@ def training() -> Found:
         "low": {"lr": 3e-3, "epochs": 25, "batch_size": 4, "stop_loss": 2.0},  # some batches are skipped
         "masked": {"lr": 3e-3, "epochs": 7, "batch_size": 3, "rule": Coordinates},
         "projected": {"lr": 3e-3, "epochs": 7, "batch_size": 3, "rule": Projected},
+        "turned": {"lr": 3e-3, "epochs": 7, "batch_size": 3, "rule": LeadingCoordinates, "form": "cross"},
     }
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -115,15 +117,19 @@ def training() -> Found:
         rules: list[Any] = [Unconstrained(matrix.shape, torch.device("cpu")) for matrix in matrices]
         if (rule := options.pop("rule", None)) is not None:
             known = estimate_factors(model, matrices, texts_of(), fisher="empirical").values()
-            rules = [rule(Subspace.of(Spectrum.of(f.A, f.G), 0.8)) for f in known]
+            form = options.pop("form", "auto")
+            rules = [rule(Subspace.of(Spectrum.of(f.A, f.G), 0.8, form)) for f in known]
         with frozen(model), float32_masters(matrices):
             before = [matrix.weight.clone() for matrix in matrices]
-            trace = fine_tune(model, matrices, rules, rows, **options)
+            with rotated(matrices, [rule.frame for rule in rules]):
+                trace = fine_tune(model, matrices, rules, rows, **options)
             changed = {m.name: m.weight - old for m, old in zip(matrices, before, strict=True)}
         tensors |= {f"{label}/{name}": change.contiguous() for name, change in changed.items()}
         numbers[label] = {"losses": trace.epoch_losses, "rates": trace.rates, "steps": trace.steps}
         numbers[label] |= {"stopped": trace.stopped_early, "trials": len(trace.trials)}
-    return {"runs": numbers, "digests": distributed.gather(digest(tensors))}, tensors
+    trained = [rule.parameter.numel() for rule in RuledMatrices(matrices, rules).rules]
+    about = {"digests": distributed.gather(digest(tensors)), "trained": distributed.gather(trained)}
+    return {"runs": numbers, **about}, tensors
 
 
 def within_budget(

@@ -16,7 +16,7 @@ tried is in docs/decisions.md.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .edits import spread
 from .errors import ConfigError
 from .models import EditMatrix
 from .natural import NaturalDescent
+from .ownership import sum_of_all
 from .rows import EditRow
 from .training import RuledMatrices, edit_loss
 from .updates import PricedRule
@@ -141,7 +142,8 @@ class Budgeted(RuledMatrices):
         linear: float = math.inf,
     ) -> None:
         super().__init__(matrices, rules)
-        self.priced, self.budget, self.meter, self.steps, self.linear = rules, budget, meter, steps, linear
+        self.priced = cast(Sequence[PricedRule], self.rules)
+        self.budget, self.meter, self.steps, self.linear = budget, meter, steps, linear
         self.first = self.ratio = ratio
         self.spent: list[Spent] = []
 
@@ -163,12 +165,13 @@ class Budgeted(RuledMatrices):
 
     def predicted(self) -> float:
         """½ Σ λ Z², nats per token."""
-        return sum(rule.predicted() for rule in self.priced)
+        here = torch.tensor(sum(rule.predicted() for rule in self.priced), dtype=torch.float64)
+        return float(sum_of_all(here.to(self.parameters[0].device)))
 
     def apply(self) -> None:
         """Scales back onto the ball what is outside it, and writes W₀ + ΔW."""
         device = self.parameters[0].device
-        cost = torch.stack([rule.cost().to(device) for rule in self.priced]).sum()
+        cost = sum_of_all(torch.stack([rule.cost().to(device) for rule in self.priced]).sum())
         self._scale((self.allowed / cost).sqrt().clamp(max=1))
         super().apply()
 
@@ -249,7 +252,8 @@ def linear_drift(
         loss = edit_loss(model, batch) * (sum(row.num_targets for row in batch) / tokens)
         total += float(loss.detach())
         gradients.append(torch.autograd.grad(loss, wanted))
-    square = 0.0
+    of_own = torch.zeros((), device=matrices[0].parameter.device)
     for matrix, rule, parts in zip(matrices, rules, zip(*gradients, strict=True), strict=True):
-        square += float((rule.gradient(matrix.as_weight(sum(parts))).square() / rule.metric).sum())
+        of_own += (rule.gradient(matrix.as_weight(sum(parts))).square() / rule.metric).sum().to(of_own.device)
+    square = float(sum_of_all(of_own))
     return len(rows) / len(some) * 0.5 * total**2 / square if square > 0 else math.inf

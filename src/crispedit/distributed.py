@@ -194,27 +194,40 @@ def owners(costs: Sequence[float], size: int | None = None) -> list[int]:
     return found
 
 
-def sum_tensors(tensors: Sequence[Tensor]) -> None:
+def sum_tensors(tensors: Sequence[Tensor], at: Sequence[int] | None = None) -> None:
     """Sums tensors over all processes, in place; every process gets the same bits.
 
     Args:
         tensors: Contiguous; of the same shapes, dtypes and kind of device everywhere.
+        at: For each the rank of the only process that gets its sum; what the others are left with is of no use.
     """
     if ranks.size() == 1:
         return
     with _together("sum"):
-        pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        if at is None:
+            pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        else:
+            pending = [dist.reduce(tensor, owner, async_op=True) for tensor, owner in zip(tensors, at, strict=True)]
         for work in pending:
             work.wait()
 
 
-def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
-    """Gives every process the tensors of rank 0, in place."""
+def broadcast_tensors(tensors: Sequence[Tensor], owners: Sequence[int] | None = None) -> None:
+    """Gives every process the tensors of one of them, in place.
+
+    Args:
+        tensors: Contiguous; of the same shapes, dtypes and kind of device everywhere.
+        owners: For each the rank of the process that has it; rank 0 for all when omitted.
+    """
     if ranks.size() == 1:
         return
     with _together("broadcast"):
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+        pending = [
+            dist.broadcast(tensor, owner, async_op=True)
+            for tensor, owner in zip(tensors, owners or [0] * len(tensors), strict=True)
+        ]
+        for work in pending:
+            work.wait()
 
 
 def _from_owner(content: bytes | None, owner: int) -> bytes:

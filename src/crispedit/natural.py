@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ownership import sum_of_all
+
 MOMENTUM, SCALE = 0.9, 0.95
 """Decay rates of the running means of the gradient and of its squared length."""
 
@@ -39,11 +41,11 @@ class NaturalDescent(torch.optim.Optimizer):
         self.done += 1
         group = self.param_groups[0]
         gradients = [parameter.grad for parameter in group["params"]]
-        length: Tensor | float = 0.0
+        length = torch.zeros((), device=gradients[0].device)
         for gradient, metric, mean in zip(gradients, self.metrics, self.means, strict=True):
             mean.lerp_(gradient, 1 - MOMENTUM)
-            here = (gradient.square() / metric).sum()
-            length = here + (length.to(here.device) if isinstance(length, Tensor) else length)
+            length += (gradient.square() / metric).sum().to(length.device)
+        sum_of_all(length)  # other processes have other matrices
         self.squared_length = SCALE * self.squared_length + (1 - SCALE) * length
         unbiased = torch.as_tensor(self.squared_length / (1 - SCALE**self.done)).sqrt().clamp(min=1e-30)
         rate = group["lr"] * max(0.0, 1 - (self.done - 1) / self.steps) / (1 - MOMENTUM**self.done)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .completion import Completion
 from .models import EditMatrix
+from .ownership import owned, weights_of_owners
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ def rotated(matrices: Sequence[EditMatrix], frames: Sequence[Frame | None]) -> I
 
     Afterwards W has changed by Q_G ΔW' Q_Aᵀ: where W' has not changed, nothing is added, whatever was rounded.
 
+    What W was, its owner keeps (:mod:`crispedit.ownership`), and gives the others what has become of it.
+
     Args:
         matrices: Inside :func:`crispedit.precision.float32_masters`.
         frames: One per matrix, or ``None`` for those that stay as they are; on the devices of their matrices.
     """
     turned = [(matrix, frame) for matrix, frame in zip(matrices, frames, strict=True) if frame is not None]
-    originals = [matrix.weight.clone() for matrix, _ in turned]
+    own = [mine for mine, frame in zip(owned(matrices), frames, strict=True) if frame is not None]
+    originals = [matrix.weight.clone() if mine else None for (matrix, _), mine in zip(turned, own, strict=True)]
     biases = [getattr(matrix.module, "bias", None) for matrix, _ in turned]
     kept = [None if bias is None else bias.data for bias in biases]
     handles: list[Any] = []
@@ -96,8 +100,11 @@ def rotated(matrices: Sequence[EditMatrix], frames: Sequence[Frame | None]) -> I
         for (matrix, frame), bias, data, original in zip(turned, biases, kept, originals, strict=True):
             if bias is not None and data is not None:
                 bias.data = data
-            change = matrix.weight - frame.coordinates(original)
-            matrix.weight.copy_(original + frame.matrix(change))
+            if original is not None:
+                change = matrix.weight - frame.coordinates(original)
+                matrix.weight.copy_(original + frame.matrix(change))
+    if turned:  # not where something has failed: nobody may be left to give them, and the driver has the originals
+        weights_of_owners(matrices)
 
 
 def _turning(matrix: EditMatrix, frame: Frame) -> list[Any]:

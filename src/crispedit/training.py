@@ -23,11 +23,12 @@ from .adam import AdamMemory, adam
 from .errors import NumericsError
 from .forward import collate, target_logits
 from .models import EditMatrix
+from .ownership import owned, sum_at_owners, weights_of_owners
 from .precision import Precision, mixed_precision
 from .progress import Progress, no_progress
 from .replay import RowLogits, Start, row_logits
 from .rows import EditRow
-from .updates import UpdateRule
+from .updates import Elsewhere, UpdateRule
 
 LOWEST, START, LIMIT = 0.25, 2.0, 16.0
 """The lowest learning rate that ``auto`` tries, the first and the highest, times d_in: a step of Adam moves an output
@@ -202,7 +203,10 @@ class Trainee(Protocol):
         """What trains the parameters, from where they are."""
 
     def learn(self, gradients: Sequence[Tensor]) -> None:
-        """Gives the parameters their ``grad``, from the gradients in :meth:`differentiated`."""
+        """Gives the parameters their ``grad``, from this process's gradients in :meth:`differentiated`.
+
+        They are summed over all processes.
+        """
 
     def apply(self) -> None:
         """Writes what the parameters stand for into the model; called after every step, and at the start."""
@@ -218,19 +222,25 @@ class Trainee(Protocol):
 
 
 class RuledMatrices:
-    """Matrices of the model, each through its update rule.
+    """Matrices of the model, each through its update rule; of several processes each trains its own.
 
     Args:
         matrices: What is edited, inside :func:`crispedit.precision.float32_masters`.
-        rules: One per matrix; their parameters start at zero or go on from where they are.
+        rules: One per matrix; their parameters start at zero or go on from where they are. Those of matrices that
+            other processes own (:mod:`crispedit.ownership`) are not used.
     """
 
     def __init__(self, matrices: Sequence[EditMatrix], rules: Sequence[UpdateRule]) -> None:
-        self.matrices, self.rules = matrices, rules
-        self.parameters: Sequence[Tensor] = [rule.parameter for rule in rules]
-        self._starts = [parameter.clone() for parameter in self.parameters]
-        # the matrices without what the rules stand for
-        self._originals = [matrix.weight - rule.delta() for matrix, rule in zip(matrices, rules, strict=True)]
+        self.matrices = matrices
+        self.rules: Sequence[UpdateRule] = [
+            rule if own else Elsewhere(matrix, rule.frame)
+            for matrix, rule, own in zip(matrices, rules, owned(matrices), strict=True)
+        ]
+        self.parameters: Sequence[Tensor] = [rule.parameter for rule in self.rules]
+        self._starts = [parameter.clone() if parameter.any() else None for parameter in self.parameters]
+        # the matrices that are trained here without what the rules stand for
+        self._own = [(m, rule) for m, rule in zip(matrices, self.rules, strict=True) if not isinstance(rule, Elsewhere)]
+        self._originals = [matrix.weight - rule.delta() for matrix, rule in self._own]
 
     def differentiated(self) -> Sequence[Tensor]:
         """The matrices, as their modules have them."""
@@ -241,22 +251,26 @@ class RuledMatrices:
         return adam(self.parameters, lr)
 
     def learn(self, gradients: Sequence[Tensor]) -> None:
-        """Through the rules."""
-        for matrix, rule, gradient in zip(self.matrices, self.rules, gradients, strict=True):
+        """Summed where the matrices are trained, and there through the rules."""
+        summed = sum_at_owners(self.matrices, gradients)
+        for matrix, rule, gradient in zip(self.matrices, self.rules, summed, strict=True):
             # contiguous: the fused Adam reads memory as it lies, whatever the strides say (torch 2.13)
             rule.parameter.grad = rule.gradient(matrix.as_weight(gradient)).contiguous()
 
     def apply(self) -> None:
         """W₀ + ΔW; after a step, what the rules do between steps comes first."""
-        for rule in self.rules:
+        for (matrix, rule), original in zip(self._own, self._originals, strict=True):
             rule.stepped()
-        for matrix, rule, original in zip(self.matrices, self.rules, self._originals, strict=True):
             torch.add(original, rule.delta(), out=matrix.weight)
+        weights_of_owners(self.matrices)
 
     def reset(self) -> None:
         """The rules' parameters as they were."""
         for parameter, start in zip(self.parameters, self._starts, strict=True):
-            parameter.copy_(start)
+            if start is None:
+                parameter.zero_()
+            else:
+                parameter.copy_(start)
 
     def after_epoch(self, low: bool) -> bool:
         """Once the loss is low."""
@@ -379,9 +393,6 @@ class _Run:
             raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")
         if value >= loop.stop_loss:
             loop.trainee.learn(gradients)
-            distributed.sum_tensors(
-                [parameter.grad for parameter in loop.trainee.parameters if parameter.grad is not None]
-            )
             self.optimizer.step()
             loop.trainee.apply()
             self.trace.steps += 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .models import EditMatrix
 from .rotation import Frame, leading_basis
 from .spectrum import Spectrum
 from .subspace import Subspace
@@ -92,6 +93,41 @@ class Unconstrained(_Rule):
     def delta(self) -> Tensor:
         """The parameter as it is."""
         return self.parameter
+
+    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """As they are."""
+        return mean, square
+
+
+class Elsewhere(_Rule):
+    """The rule of a matrix that another process trains: the bases that all see it in, and no numbers.
+
+    Args:
+        matrix: It.
+        frame: The bases.
+    """
+
+    damping = 0.0
+
+    def __init__(self, matrix: EditMatrix, frame: Frame | None = None) -> None:
+        self.frame = frame
+        self.parameter = self.metric = torch.zeros(0, device=matrix.parameter.device)
+
+    def gradient(self, weight_gradient: Tensor) -> Tensor:
+        """None, like the parameter."""
+        return torch.zeros_like(self.parameter)
+
+    def delta(self) -> Tensor:
+        """None: the weight comes from where it is trained (:mod:`crispedit.ownership`)."""
+        return self.parameter
+
+    def cost(self) -> Tensor:
+        """Zero: the other process has it."""
+        return torch.zeros((), dtype=torch.float64, device=self.parameter.device)
+
+    def predicted(self) -> float:
+        """Zero, likewise."""
+        return 0.0
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """As they are."""
@@ -263,7 +299,7 @@ class PricedLeading(_Priced):
         raise _not_carried()
 
 
-PricedRule = PricedCoordinates | PricedLeading
+PricedRule = PricedCoordinates | PricedLeading | Elsewhere
 
 
 def _positive(tau: float | None) -> float:
@@ -462,6 +498,26 @@ def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION, da
     if subspace.threshold.cross is not None:
         return PricedLeading(subspace, price, rotation, damping)
     return PricedCoordinates(subspace, price, damping)
+
+
+def rule_elsewhere(
+    matrix: EditMatrix, update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION
+) -> Elsewhere:
+    """What a process has in place of :func:`update_rule` of a matrix that another one trains.
+
+    Args:
+        matrix: It.
+        update: The rule's name.
+        subspace: Of the matrix, on any device.
+        rotation: See :func:`leading_counts`.
+
+    Returns:
+        Its bases, where W itself is seen in other ones.
+    """
+    if update == "auto":
+        update = chosen_update(subspace, rotation)
+    turned = update == "leading" or (update == "priced" and subspace.threshold.cross is not None)
+    return Elsewhere(matrix, _leading_frame(subspace.to(matrix.parameter.device), rotation) if turned else None)
 
 
 def check_update(update: Update, subspace: Subspace) -> None:

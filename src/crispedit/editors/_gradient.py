@@ -6,11 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..adam import AdamMemory
+from ..ownership import owned
 from ..precision import Precision
 from ..replay import Start
 from ..rotation import rotated
 from ..training import START, STOP_LOSS, RuledMatrices, Trace, Trainee, rows_per_step, train
-from ..updates import Unconstrained, UpdateRule
+from ..updates import Elsewhere, Unconstrained, UpdateRule
 from .base import EditorConfig, EditProblem, Round
 
 PUBLISHED = {"lr": 5e-4, "batch_size": 32, "epochs": 25, "eos": False}
@@ -56,7 +57,10 @@ class RuledConfig(GradientConfig):
 
 def unconstrained(problem: EditProblem) -> list[UpdateRule]:
     """Rules of plain fine-tuning for all matrices."""
-    return [Unconstrained(matrix.shape, matrix.parameter.device) for matrix in problem.matrices]
+    return [
+        Unconstrained(matrix.shape, matrix.parameter.device) if own else Elsewhere(matrix)
+        for matrix, own in zip(problem.matrices, owned(problem.matrices), strict=True)
+    ]
 
 
 def train_in(

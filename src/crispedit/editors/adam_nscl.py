@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..curvature import Curvature
 from ..errors import ConfigError
+from ..ownership import owned
 from ..spectrum import Spectrum
 from ..subspace import Subspace
-from ..updates import Unconstrained, UpdateRule, update_rule
+from ..updates import Elsewhere, Unconstrained, UpdateRule, update_rule
 from ._gradient import PUBLISHED, RuledConfig, train_rules
 from .base import EditProblem, Presets, Round
 
@@ -81,9 +82,11 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     """
     assert problem.curvature is not None
     rules: list[UpdateRule] = []
-    for matrix in problem.matrices:
+    for matrix, own in zip(problem.matrices, owned(problem.matrices), strict=True):
         device = matrix.parameter.device
-        if config.variant == "published":
+        if not own:
+            rules.append(Elsewhere(matrix))
+        elif config.variant == "published":
             rules.append(_SmallestOutputsLeftOut(problem.curvature.spectrum(matrix.name), config.energy, device))
         else:
             subspace = problem.curvature.subspace(matrix.name, config.energy, "inputs")

@@ -9,8 +9,8 @@ fine-tuning: Adam on W itself. (CrispEdit, arXiv 2602.15823, Algorithm 1.) With 
 every direction has its price, such that measured drift stays within the budget (:mod:`crispedit.budget`).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -19,12 +19,25 @@ from ..curvature import Constraint, Curvature
 from ..drift_meter import DriftMeter
 from ..errors import ConfigError
 from ..models import EditMatrix
+from ..ownership import owned
 from ..rotation import rotated
 from ..subspace import Subspace
 from ..training import rows_per_step
-from ..updates import PRICE, ROTATION, PricedRule, Update, UpdateRule, priced_rule, update_rule
+from ..updates import (
+    PRICE,
+    ROTATION,
+    Elsewhere,
+    PricedRule,
+    Update,
+    UpdateRule,
+    priced_rule,
+    rule_elsewhere,
+    update_rule,
+)
 from ._gradient import PUBLISHED, RuledConfig, train_in, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
+
+Rule = TypeVar("Rule")
 
 
 class SubspaceConfig(RuledConfig):
@@ -60,15 +73,26 @@ class SubspaceConfig(RuledConfig):
 
     def rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[UpdateRule]:
         """The update rules of matrices under a curvature."""
-        return [
-            update_rule(self.update, subspace, self.rotation, self.price)
-            for subspace in self._subspaces(curvature, matrices)
-        ]
+        return self._rules(
+            curvature, matrices, self.update, lambda found: update_rule(self.update, found, self.rotation, self.price)
+        )
 
-    def _subspaces(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> Iterator[Subspace]:
-        """Those of matrices, each where its matrix is."""
-        for matrix in matrices:
-            yield curvature.subspace(matrix.name, self.energy, self.constraint).to(matrix.parameter.device)
+    def _rules(
+        self,
+        curvature: Curvature,
+        matrices: Sequence[EditMatrix],
+        update: Update | Literal["auto"],
+        rule: Callable[[Subspace], Rule],
+    ) -> list[Rule | Elsewhere]:
+        """A rule for every matrix that this process trains, made of its subspace where the matrix is."""
+        found: list[Rule | Elsewhere] = []
+        for matrix, own in zip(matrices, owned(matrices), strict=True):
+            subspace = curvature.subspace(matrix.name, self.energy, self.constraint)
+            if own:
+                found.append(rule(subspace.to(matrix.parameter.device)))
+            else:
+                found.append(rule_elsewhere(matrix, update, subspace, self.rotation))
+        return found
 
 
 class Config(SubspaceConfig):
@@ -106,7 +130,7 @@ class Config(SubspaceConfig):
 
     def budget_rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[PricedRule]:
         """The rules of matrices that are trained within a budget."""
-        return [priced_rule(subspace, 0.0, self.rotation, DAMPING) for subspace in self._subspaces(curvature, matrices)]
+        return self._rules(curvature, matrices, "priced", lambda found: priced_rule(found, 0.0, self.rotation, DAMPING))
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from .. import distributed
 from ..adam import adam
 from ..errors import ConfigError
 from ..models import EditMatrix, Part, edit_matrices
@@ -253,6 +254,7 @@ class Adapter:
         for parameter, gradient in zip(self._penalised, gradients[len(self.matrices) :], strict=True):
             assert parameter.grad is not None
             parameter.grad += gradient
+        distributed.sum_tensors([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.steps += 1
 
     @torch.no_grad()
