@@ -30,7 +30,7 @@ def test_a_rule_s_bytes_are_those_that_it_holds():
     spectrum = Spectrum.of(*(torch.diag(falling(n, 1.0)) for n in (1024, 128)))
     frame = LeadingCoordinates(Subspace.of(spectrum, 0.8, "cross")).frame
     held = [*vars(frame.inputs).values(), *vars(frame.outputs).values()]
-    assert found.rule_bytes == 4 * 128 * 1024 + sum(tensor.nbytes for tensor in held)
+    assert (found.rule_bytes, found.frame_bytes) == (4 * 128 * 1024, sum(tensor.nbytes for tensor in held))
     assert found.step_flops(7) == 7 * frame.flops
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,3 +440,23 @@ def test_predicted_drift_is_half_the_kronecker_quadratic_form():
     }
     assert 0.5 * expected < curvature_of(sketched).predicted_drift(changes) < expected
     assert curvature_of(factors).predicted_drift({"w0": changes["w0"]}) < expected
+
+
+def test_eigenproblems_are_solved_where_the_matrices_are(curvature, monkeypatch):
+    """On a GPU, whatever the factors were read to; there is none here, so that it is the asking that is seen."""
+    matrices = edit_matrices(tiny_llama(), [0, 1])
+    asked = []
+
+    def moved(factors, device):
+        asked.append(device)
+        return factors
+
+    monkeypatch.setattr(Factors, "to", moved)
+    curvature.solve_near(matrices)
+    assert curvature.solved_on == {}
+    on_gpu = [SimpleNamespace(name=matrices[0].name, parameter=SimpleNamespace(device=torch.device("cuda:1")))]
+    curvature.solve_near(on_gpu)
+    for matrix in matrices:
+        curvature.spectrum(matrix.name)
+    assert asked == [torch.device("cuda:1"), torch.device("cpu")]
+    assert merge([curvature]).solved_on == curvature.solved_on

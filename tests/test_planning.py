@@ -89,9 +89,29 @@ def test_stages_hold_what_they_must():
     assert found["load"] == WEIGHTS
     assert found["curvature"] > WEIGHTS + factors
     assert found["diagonalise"] > WEIGHTS + factors + 8 * 8192**2
-    assert found["edit"] > WEIGHTS + factors + 9 * 4 * entries  # three originals, Z and Z₀, two gradients, two moments
+    assert found["edit"] > WEIGHTS + factors + 8 * 4 * entries  # three originals, Z, two gradients, two moments
     assert found["save"] > 2 * WEIGHTS + factors
     assert found["proof"] > WEIGHTS + factors
+
+
+def test_each_of_several_processes_trains_its_own_matrices():
+    """Of three with one each: two matrices less of what is trained, five float32 numbers per entry and the rule's."""
+    of = {n: dataclasses.replace(WORK, on_cpu=False, processes=Processes(n)) for n in (1, 3)}
+    one, three = (stages(planned(work=work))["edit"] for work in of.values())
+    assert one - three > 2 * 6 * 4 * 2048 * 8192
+    plans = [plan_edit(work, SETTINGS, 100 * GB) for work in of.values()]
+    assert plans[1].step.update < plans[0].step.update
+
+
+def test_the_factors_of_a_divided_model_wait_in_main_memory():
+    """Its devices hold one pair while that is diagonalised."""
+    whole, divided = (
+        stages(planned(work=dataclasses.replace(WORK, on_cpu=False, processes=Processes(2, shard=shard))))
+        for shard in (False, True)
+    )
+    freed, pair = whole["load"] - divided["load"], 4 * (2048**2 + 8192**2)
+    assert whole["proof"] - divided["proof"] == freed + 3 * pair
+    assert whole["diagonalise"] - divided["diagonalise"] == freed + 2 * pair
 
 
 def test_a_known_curvature_is_not_computed():
@@ -118,7 +138,8 @@ def test_what_each_setting_saves():
 def test_on_a_gpu_the_saved_model_is_read_into_other_memory():
     on_gpu = stages(planned(work=dataclasses.replace(WORK, on_cpu=False)))
     known = dataclasses.replace(WORK, halves=[], known=True)
-    assert stages(planned(work=known))["save"] - on_gpu["save"] == WEIGHTS
+    changes = 2 * 4 * 3 * 2048 * 8192  # the change and the patch are in main memory anyway
+    assert stages(planned(work=known))["save"] - on_gpu["save"] == WEIGHTS + changes
     half = dataclasses.replace(WORK, on_cpu=False, stored_dtype=torch.bfloat16)
     assert stages(planned(work=half))["save"] - on_gpu["save"] == WEIGHTS  # rounded, it is a second copy
 

@@ -148,6 +148,12 @@ class Choice:
     working_bytes: int
 
     @property
+    def entries(self) -> int:
+        """Of the matrix."""
+        d_out, d_in = self.subspace.shape
+        return d_out * d_in
+
+    @property
     def total_flops(self) -> int:
         """Products and diagonalisations."""
         return self.flops + eigh_flops(1) * self.cubes
@@ -160,19 +166,28 @@ class Choice:
         return 4 * (d_in * of_A + d_out * of_G) + 16 * (len(spectrum.alpha) + len(spectrum.beta))
 
     @property
-    def rule_bytes(self) -> int:
-        """What the rule holds beside its parameter.
+    def turned(self) -> bool:
+        """Whether W is seen in other bases while it is trained, so that tokens are turned and not the matrix."""
+        crossed = self.subspace.threshold.cross is not None
+        return self.update == "leading" or (self.update == "priced" and crossed)
 
-        A mask or what stands for one, or a metric; and W as it was, and bases, while W is seen in those.
+    @property
+    def frame_bytes(self) -> int:
+        """Of the bases in which W is seen, which every process has."""
+        if not self.turned:
+            return 0
+        counts = zip(leading_counts(self.subspace, self.rotation), self.subspace.shape, strict=True)
+        return sum(4 * n**2 if k == n else 8 * n * k for k, n in counts)
+
+    @property
+    def rule_bytes(self) -> int:
+        """What the rule holds beside its parameter and the bases in which W is seen, where the matrix is trained.
+
+        A mask or what stands for one, or a metric; and W as it was, while it is seen in other bases.
         """
         d_out, d_in = self.subspace.shape
-        one = 4 * d_out * d_in
-        turned = self.update == "priced" and self.subspace.threshold.cross is not None
-        if self.update == "leading" or turned:
-            counts = zip(leading_counts(self.subspace, self.rotation), self.subspace.shape, strict=True)
-            return one * (1 + turned) + sum(4 * n**2 if k == n else 8 * n * k for k, n in counts)
-        masked = self.update in ("coordinates", "filter", "priced") or self.subspace.form == "equation6"
-        return one if masked else 0
+        metric = self.update in ("coordinates", "filter", "priced") or self.subspace.form == "equation6"
+        return 4 * d_out * d_in * (self.turned + (metric and self.update != "leading"))
 
     def step_flops(self, tokens: int) -> int:
         """What the rule adds to a step of so many tokens."""

@@ -72,6 +72,8 @@ class Curvature:
         path: The directory it was read from or written to.
         seconds: What estimating it took; 0 when it was read from disk.
         second_moments: By matrix name, where they were measured; see :func:`estimate_second_moments`.
+        solved_on: By matrix name, devices on which eigenproblems are solved, if not where the factors are
+            (:meth:`solve_near`).
     """
 
     factors: Mapping[str, Factors]
@@ -89,6 +91,7 @@ class Curvature:
     path: Path | None = None
     seconds: float = 0.0
     second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    solved_on: dict[str, torch.device] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _tops: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _starts: dict[str, Spectrum] = field(default_factory=dict, repr=False)
@@ -236,13 +239,14 @@ class Curvature:
         return self._tops[name]
 
     def _leading(self, name: str, energy: float) -> Spectrum:
-        known, dense = self._tops.get(name), self.factors[name].dense
+        known, factors = self._tops.get(name), self.factors[name].to(self._device(name))
+        dense = factors.dense
         if dense is None:
-            found = known or leading_spectrum(self.factors[name])
+            found = known or leading_spectrum(factors)
         elif known is not None:
             found = Spectrum.for_cross(*dense, energy, start=known)
         elif name in self._starts:
-            found = self._starts[name].updated(*dense, energy)
+            found = self._starts[name].to(self._device(name)).updated(*dense, energy)
         else:
             found = Spectrum.for_cross(*dense, energy)
         return found
@@ -265,18 +269,19 @@ class Curvature:
         Raises:
             ConfigError: The factors are sketches.
         """
-        dense = self.factors[name].dense
-        if dense is None:
+        if self.factors[name].dense is None:
             raise ConfigError("sketched factors know leading directions only: use constraint cross, or dense factors")
         if name not in self._spectra:
-            self._spectra |= self._solved({n: partial(Spectrum.of, *dense) for n, dense in self._unsolved(name)})
+            # of several processes, which can share the work, all that are not known
+            names = [name] if ranks.count() == 1 else [n for n in self.factors if n not in self._spectra]
+            dense = [n for n in names if self.factors[n].dense is not None]
+            self._spectra |= self._solved({n: partial(self._whole, n) for n in dense})
         return self._spectra[name]
 
-    def _unsolved(self, name: str) -> list[tuple[str, tuple[Tensor, Tensor]]]:
-        """The dense factors of a matrix; of several processes, which can share the work, of all that are not known."""
-        names = [name] if ranks.count() == 1 else [n for n in self.factors if n not in self._spectra]
-        found = [(n, self.factors[n].dense) for n in names]
-        return [(n, dense) for n, dense in found if dense is not None]
+    def _whole(self, name: str) -> Spectrum:
+        dense = self.factors[name].to(self._device(name)).dense
+        assert dense is not None
+        return Spectrum.of(*dense)
 
     def _solved(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
         """The spectra of matrices: each found by one process, by the cubes of their widths, and given to all."""
@@ -296,10 +301,19 @@ class Curvature:
             found[name] = Spectrum.of_tensors(tensors).to(self._device(name))
         return found
 
+    def solve_near(self, matrices: Sequence[EditMatrix]) -> None:
+        """Has eigenproblems solved where their matrices are, if that is a GPU: factors from a file are on the CPU.
+
+        Args:
+            matrices: Those of a model that is about to be edited.
+        """
+        devices = {matrix.name: matrix.parameter.device for matrix in matrices}
+        self.solved_on |= {name: device for name, device in devices.items() if device.type == "cuda"}
+
     def _device(self, name: str) -> torch.device:
-        """Where the factors of a matrix are."""
+        """Where the eigenproblems of a matrix are solved."""
         A = self.factors[name].A
-        return (A if isinstance(A, Tensor) else A.product).device
+        return self.solved_on.get(name) or (A if isinstance(A, Tensor) else A.product).device
 
     def measure_second_moments(
         self, model: Any, tokenizer: Any, texts: Sequence[str], *, progress: Progress = no_progress

@@ -64,7 +64,8 @@ class EditResult:
     Args:
         model: The model, edited in place.
         tokenizer: Its tokenizer.
-        delta: ΔW by parameter name, (d_out, d_in) float32, as the model has it: rounded to the stored dtype.
+        delta: ΔW by parameter name, (d_out, d_in) float32 in main memory, as the model has it: rounded to the stored
+            dtype.
         patch: The same exactly, bit for bit: what puts the edit on the stored model, and takes it off.
         metrics: Everything measured, JSON-ready; see :meth:`record`.
         examples: Some edits with full answers before and after.
@@ -220,6 +221,7 @@ def edit(
     if curvature is not None:
         # of an editor that does without, only the held-out texts are of use
         curvature.check_model(model, matrices if config.needs_curvature() else (), tokenizer)
+        curvature.solve_near(matrices)
         provenance |= {"texts": dict(curvature.texts), "curvature": curvature.manifest(with_texts=False)}
     if texts is not None:
         provenance["texts"] = texts.manifest()
@@ -318,12 +320,13 @@ def _edit_and_prove(
             loss_before = loss()
             give_back()
             rounds, seconds = _run(module.edit(problem, config), matrices, ask_again)
-            change = {m.name: m.weight - originals[m.name].float() for m in matrices}
+            # what is measured of the change waits in main memory: the model is asked meanwhile
+            change = {m.name: (m.weight - originals[m.name].float()).cpu() for m in matrices}
             loss_after = loss()
             notes = check_edited(change, loss_before, loss_after, must_fall=config.lowers_loss)
             unrounded = answers([[*draft, answer.ids] for draft, answer in zip(expected, before, strict=True)])
             rounding = round_to(matrices, originals, dtype)
-        delta = {m.name: m.weight.float() - originals[m.name].float() for m in matrices}
+        delta = {m.name: (m.weight.float() - originals[m.name].float()).cpu() for m in matrices}
         pairs = {m.name: (m.as_weight(originals[m.name]).to(dtype), m.parameter.data.to(dtype)) for m in matrices}
         patch = Patch.of_changes(pairs, base, {})
         same = dtype == model.dtype == torch.float32  # nothing was rounded

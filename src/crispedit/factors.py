@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -87,6 +87,10 @@ class Factors:
     def dense(self) -> tuple[Tensor, Tensor] | None:
         """A and G where both are dense."""
         return (self.A, self.G) if isinstance(self.A, Tensor) and isinstance(self.G, Tensor) else None
+
+    def to(self, device: torch.device) -> "Factors":
+        """The factors on another device."""
+        return replace(self, A=self.A.to(device), G=self.G.to(device))
 
 
 class FactorSums:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from . import distributed, ranks
@@ -80,6 +81,8 @@ def factors_of_halves(
             for name in list(waiting):
                 description[name] = describe(factors[name], waiting.pop(name), energy)
         progress("describing the curvature", number + 1, len(matrices))
+    if ranks.in_step():  # a model is divided because devices are too small for it: they have better to hold
+        factors = {name: of_matrix.to(torch.device("cpu")) for name, of_matrix in factors.items()}
     return factors, _of_all(description, [matrix.name for matrix in matrices])
 
 

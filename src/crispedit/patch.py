@@ -91,7 +91,7 @@ class Patch:
         """
         changed = {name: pair for name, pair in pairs.items() if not _same_bits(*pair)}
         return cls(
-            changes={name: _bits(old) ^ _bits(new).to(old.device) for name, (old, new) in changed.items()},
+            changes={name: (_bits(old) ^ _bits(new).to(old.device)).cpu() for name, (old, new) in changed.items()},
             dtypes={name: str(old.dtype).removeprefix("torch.") for name, (old, _) in changed.items()},
             before={name: _hash(old) for name, (old, _) in changed.items()},
             after={name: _hash(new) for name, (_, new) in changed.items()},

@@ -100,7 +100,8 @@ def matrix_changes(
 ) -> list[MatrixChange]:
     """Size of every matrix's change, and its share outside the subspace where there is one."""
     changes = []
-    for name, change in delta.items():
+    for name, waiting in delta.items():
+        change = waiting.to(originals[name].device)
         outside = subspaces[name].to(change.device).share_outside(change) if name in subspaces else None
         norm = float(change.norm())
         changes.append(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .assumed import choose, described_ranks
+from .assumed import Choice, choose, described_ranks
 from .budget import LOOKED_AT
 from .costs import (
     EIGH_BYTES,
@@ -114,14 +114,18 @@ class Planner:
             for matrix in self.matrices
         ]
         self.factors = factor_bytes(self.shapes, settings.kind)
+        # those of a divided model wait in main memory
+        self.resident = self.factors if work.on_cpu or not work.processes.shard else 0
         self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
         self.processes = work.processes
+        by_size = self.processes.owned(self.choices, [d_out * d_in for d_out, d_in in self.shapes])
+        self.own: Sequence[Choice] = max(by_size, key=lambda own: sum(choice.entries for choice in own))
         self.held = work.base_bytes + self.processes.weight_bytes(work.model, self.matrices, settings.dtype)
         self.held += self.processes.gathered_bytes(work.model, self.matrices, settings.dtype)
         recorded = sum(size.tokens for size in work.recording())
         self.recorded = recorded_bytes(work.model, self.matrices, recorded, settings.dtype)
-        # what stands when there is something to record: beside what is held, parameter and its start
-        self.begun = self.held + self.factors + self.spectra + self._edited + self._rules + 4 * 2 * self.entries
+        # what stands when there is something to record: beside what is held, the parameters of the rules
+        self.begun = self.held + self.resident + self.spectra + self._edited + self._trained(1)
         self.mapped = settings.mapped or self.recorded > MEMORY_SHARE * max(0, memory - self.begun)
         self.batch = rows_per_step(len(work.rows), settings.batch_size)
         self.sizes = work.steps(self.processes.part(self.batch))
@@ -223,7 +227,8 @@ class Planner:
         seconds = None
         if self.speed is not None:
             seconds = cubes * self.speed.eigh + products / (self.speed.float64 if dense else self.speed.float32)
-        num_bytes = self.held + self.factors + self.spectra + self._after(working)
+        brought = 0 if self.resident else max(factor_bytes([shape], self.settings.kind) for shape in self.shapes)
+        num_bytes = self.held + self.resident + self.spectra + self._after(working + brought)
         flops, of_all = (sum(choice.total_flops for choice in some) for some in (mine, choices))
         return self._stage("diagonalise", num_bytes, flops, seconds, of_all)
 
@@ -234,24 +239,32 @@ class Planner:
         return StepFlops(forward=every.forward // count, backward=every.backward // count, update=every.update // count)
 
     def _rule_flops(self, tokens: int) -> int:
-        """Of the update rules of all matrices in one step."""
-        return sum(choice.step_flops(tokens) for choice in self.choices)
+        """Of the update rules in one step: every process turns its tokens, and the owner of a matrix its gradient."""
+        turning = sum(choice.step_flops(tokens) for choice in self.choices if choice.turned)
+        return turning + sum(choice.step_flops(tokens) for choice in self.own if not choice.turned)
+
+    def _rule_flops_of_all(self) -> int:
+        """Of the update rules in one step of mean size, of all processes."""
+        tokens = sum(size.computed for size in self.sizes) // len(self.sizes)
+        once = sum(choice.step_flops(tokens) for choice in self.choices if not choice.turned)
+        return once + self.processes.size * sum(c.step_flops(tokens) for c in self.choices if c.turned)
 
     @property
     def _edited(self) -> int:
         """Bytes that the edited matrices take beside the model's: originals, and float32 in place of a lower dtype."""
         return 4 * self.entries
 
-    @property
-    def _rules(self) -> int:
-        return sum(choice.rule_bytes for choice in self.choices)
+    def _trained(self, times: int) -> int:
+        """Bytes of the rules, and of so many float32 numbers for every entry that a process trains."""
+        frames = sum(choice.frame_bytes for choice in self.choices)
+        return frames + sum(choice.rule_bytes + 4 * times * choice.entries for choice in self.own)
 
     def _edit(self) -> Stage:
         """The loop: what came before the first matrix, recorded by every process; steps; within a budget, drift."""
         work, logit = self.work, 4 * vocabulary(self.work.model)
-        # originals of the loop, gradients of W and of the parameter, Adam's two moments; or, within a budget, one
-        # momentum, and the originals that drift is measured from
-        looping = 4 * 5 * self.entries + 4 * 3 * max(d_out * d_in for d_out, d_in in self.shapes)
+        # gradients of W; and of what this process trains the parameter and its gradient, W without what that stands
+        # for, Adam's two moments, or, within a budget, a momentum and what is divided by the metric
+        looping = 4 * self.entries + self._trained(5) + 4 * 3 * max(d_out * d_in for d_out, d_in in self.shapes)
         dtype = torch.bfloat16 if work.mixed else self.settings.dtype
         activations = max(
             self._kept(s.computed, self.above, dtype) + s.labels * LOGIT_COPIES * logit for s in self.sizes
@@ -263,14 +276,15 @@ class Planner:
         checked = CHECK_ROWS * max(len(row.ids) for row in work.rows) * 2 * logit
         metering = self._metering() if self.settings.method.budget else None
         transient = max(activations, recording, checked, metering.working_bytes if metering else 0)
-        num_bytes = self.begun + looping + (0 if self.mapped else self.recorded)
+        num_bytes = self.begun - self._trained(1) + looping + (0 if self.mapped else self.recorded)
         num_bytes += metering.kept_bytes if metering else 0
-        alike_everywhere = recording_flops(work.model, self.matrices, work.recording()) + self.steps * self.step.update
+        alike_everywhere = recording_flops(work.model, self.matrices, work.recording())
         if self.settings.method.budget:
             alike_everywhere += self._needed_flops()
         passes = self.steps * (self.step.forward + self.step.backward)
-        flops = alike_everywhere + passes + (metering.flops if metering else 0)
+        flops = alike_everywhere + passes + self.steps * self.step.update + (metering.flops if metering else 0)
         of_all = self.processes.size * alike_everywhere + passes * self.batch // self.processes.part(self.batch)
+        of_all += self.steps * self._rule_flops_of_all()
         of_all += self.processes.size * metering.flops if metering else 0
         seconds = None
         if self.speed is not None:
@@ -366,7 +380,7 @@ class Planner:
         d_out, d_in = max(self.shapes, key=lambda shape: shape[0] * shape[1])
         # a share outside a subspace, in float64: the change, what is outside, and both bases
         outside = 8 * 5 * d_out * d_in + 2 * max(choice.spectrum_bytes for choice in self.choices)
-        held = self.held + self.factors + self.spectra + self._edited + 4 * self.entries * (3 + 1)
+        held = self.held + self.resident + self.spectra + self._edited + self._changes(4)
         transient = max(SLACK * cached, LOGIT_COPIES * logits, outside, 3 * drafted)
         shown = [len(row.ids) for row in work.proof_rows]
         reading = [shown[i : i + 8] for i in range(0, len(shown), 8)]
@@ -408,13 +422,17 @@ class Planner:
             total += MAX_NEW_TOKENS * len(group) * head_flops(self.work.model) / self.speed.head
         return total
 
+    def _changes(self, copies: int) -> int:
+        """Bytes of changes and of the patch, which wait in main memory; float32 numbers for every entry."""
+        return 4 * copies * self.entries if self.work.on_cpu else 0
+
     def _save(self) -> Stage:
         """The model in its stored dtype, written; read back into the CPU's memory, and both asked a few questions.
 
         One process does. A sharded model is put together in its main memory, and is not asked.
         """
         work = self.work
-        num_bytes = self.held + self.factors + self.spectra + 4 * self.entries * 2
+        num_bytes = self.held + self.resident + self.spectra + self._changes(2)
         if self.settings.save == "delta":
             written = work.stored_dtype.itemsize * self.entries
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
