@@ -48,11 +48,14 @@ def test_a_padded_batch_by_hand():
 
 
 def test_a_packed_batch_by_hand():
-    """1-10-11 is shared; the third row begins at its own root and is second in order of tokens."""
+    """1-10-11 is shared; the third row begins at its own root and is second in order of tokens; padding reads itself."""
     batch = collate_packed([EditRow((1, 10, 11, 12), 2), EditRow((1, 10, 13, 2), 2), EditRow((1, 10, 11, 9), 3)], 0.0)
-    assert batch.ids.tolist() == [[1, 10, 11, 13]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 2]]
-    assert batch.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert batch.ids.tolist() == [[1, 10, 11, 13, *4 * [PADDING]]]
+    assert batch.real.tolist() == [0, 1, 2, 3]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 0, 0, 0, 0]]
+    assert batch.mask[0, 0, :4, :4].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert not batch.mask[0, 0, :4, 4:].any()
+    assert batch.mask[0, 0, 4:].int().tolist() == torch.eye(8).int()[4:].tolist()
     assert batch.positions.tolist() == [1, 2, 3]
     assert batch.labels.tolist() == [11, 12, 13, 2, 9]
     assert batch.predicted_at.tolist() == [0, 1, 0, 2, 1]
@@ -96,7 +99,8 @@ def test_packing_shares_what_rows_have_in_common_and_splits_where_pairs_are_dear
     many = [EditRow((1, 2, 3, first, second, 4), 5) for first in range(10, 18) for second in range(20, 24)]
     shared = 3 + 8 + 32  # the beginning, eight fourth tokens, a fifth of every row
     one = collate_packed(many, 0.0)
-    assert one.ids.shape == (1, shared)
+    assert len(one.sources) == shared
+    assert one.ids.shape == (1, 48)  # a multiple of 8
     split = collate_packed(many, 1.0)
     assert split.ids.shape[0] == 8
     assert len(split.sources) == 8 * 3 + 8 + 32
@@ -154,7 +158,8 @@ def test_the_head_and_the_last_mlp_see_targets_only():
     batch = collate(ROWS)
     target_logits(model, batch)
     assert seen["model.layers.0.mlp"] == (6, 7, 32)
-    assert seen["model.layers.1.mlp"] == seen["lm_head"] == (1, len(batch.positions), 32)
+    assert len(batch.positions) == 12
+    assert seen["model.layers.1.mlp"] == seen["lm_head"] == (1, 16, 32)  # a multiple of 8
 
 
 def test_hooks_are_gone_when_a_model_raises(monkeypatch):

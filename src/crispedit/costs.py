@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .forward import BatchSize
+from .forward import BatchSize, rounded_up
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import Kind, sketch_rank
 
@@ -185,8 +185,9 @@ def step_flops(
         The counts.
     """
     blocks, first = block_costs(model), matrices[0].layer
-    computed, wanted = sum(batch.computed for batch in batches), sum(batch.positions for batch in batches)
-    real, pairs = sum(batch.tokens for batch in batches), sum(batch.pairs for batch in batches)
+    computed, pairs = sum(batch.computed for batch in batches), sum(batch.pairs for batch in batches)
+    run = rounded_up if replay else int
+    wanted, real = sum(run(batch.positions) for batch in batches), sum(run(batch.tokens) for batch in batches)
 
     def weight_gradient(matrix: EditMatrix) -> int:
         d_out, d_in = matrix.shape

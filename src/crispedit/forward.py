@@ -20,6 +20,15 @@ from .models import decoder_blocks, mlp_of, text_config
 from .rows import EditRow
 from .texts import PADDING, pad
 
+MULTIPLE = 8
+"""Of so many are the tokens of what is multiplied in a step: tiles of hardware are as wide; and on a CPU every shape of
+a product takes a kernel of its own, which is made when it is first met and kept (docs/performance.md)."""
+
+
+def rounded_up(count: int) -> int:
+    """The next multiple of :data:`MULTIPLE`."""
+    return -(-count // MULTIPLE) * MULTIPLE
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowBatch:
@@ -150,7 +159,7 @@ def collate_packed(rows: Sequence[EditRow], pair_cost: float) -> RowBatch:
         The batch, on the CPU.
     """
     order, best = _packed(rows, pair_cost)
-    length = max(len(pack.ids) for pack in best)
+    length = _length(best)
     slots: list[list[int]] = []
     for number, pack in enumerate(best):
         slots += [[number * length + slot for slot in path] for path in pack.paths]
@@ -183,7 +192,7 @@ def batch_size(rows: Sequence[EditRow], pair_cost: float | None) -> BatchSize:
     return BatchSize(
         tokens=sum(len(pack.ids) for pack in packs),
         sequences=len(packs),
-        length=max(len(pack.ids) for pack in packs),
+        length=_length(packs),
         positions=sum(len({slot for path in pack.paths for slot in path[next(prompts) - 1 :]}) for pack in packs),
         labels=labels,
     )
@@ -208,8 +217,13 @@ def _packs(rows: Sequence[EditRow], order: Sequence[int], count: int) -> list[_P
     return packs
 
 
+def _length(packs: Sequence[_Pack]) -> int:
+    """Tokens of every sequence, padding included."""
+    return rounded_up(max(len(pack.ids) for pack in packs))
+
+
 def _cost(packs: Sequence[_Pack], pair_cost: float) -> float:
-    length = max(len(pack.ids) for pack in packs)
+    length = _length(packs)
     return len(packs) * length * (1 + pair_cost * length)
 
 
@@ -321,17 +335,19 @@ def _last_mlp(model: Any) -> nn.Module | None:
 def _only_at(module: nn.Module, positions: Tensor, *, scatter: bool) -> Iterator[None]:
     """Within, a module that works position by position sees only some positions of (rows, length, width).
 
-    Its output is (1, positions, width'), or, scattered, as wide as its input was, and zero elsewhere.
+    Its output is (1, positions, width'), up to :data:`MULTIPLE` - 1 more at the end; or, scattered, as wide as its
+    input was, and zero elsewhere.
     """
     shape: list[int] = []
+    seen = repeated(positions)
 
     def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden: Tensor = arguments[0]
         shape[:] = hidden.shape[:2]
-        return (hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))[None], *arguments[1:])
+        return (hidden.flatten(0, 1).index_select(0, seen.to(hidden.device))[None], *arguments[1:])
 
     def put_back(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return scattered(output[0], positions, shape[0], shape[1])
+        return scattered(output[0, : len(positions)], positions, shape[0], shape[1])
 
     handles = [module.register_forward_pre_hook(gather)]
     if scatter:
@@ -341,6 +357,11 @@ def _only_at(module: nn.Module, positions: Tensor, *, scatter: bool) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def repeated(indices: Tensor) -> Tensor:
+    """Indices, (count,), and the last one again until there are a multiple of :data:`MULTIPLE`."""
+    return torch.cat([indices, indices[-1:].expand(rounded_up(len(indices)) - len(indices))])
 
 
 def scattered(values: Tensor, positions: Tensor, rows: int, length: int) -> Tensor:

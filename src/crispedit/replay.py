@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from . import distributed, ranks
 from .errors import CrispEditError
-from .forward import RowBatch, batch_size, collate, collate_packed, pair_cost, scattered, target_logits, whole_logits
+from .forward import (
+    RowBatch,
+    batch_size,
+    collate,
+    collate_packed,
+    pair_cost,
+    repeated,
+    scattered,
+    target_logits,
+    whole_logits,
+)
 from .models import EditMatrix, decoder_blocks, intermediate_width, text_config
 from .progress import Progress, log, no_progress
 from .room import NoRoomError, room
@@ -422,10 +432,10 @@ class _Record:
             if self.start == "matrix":
 
                 def replayed(*_: Any, **__: Any) -> Any:
-                    hidden = self.matrix.module(self.inputs[tokens].to(device))
+                    hidden = self.matrix.module(self.inputs[repeated(tokens)].to(device))
                     for module in self.after:
                         hidden = module(hidden)
-                    return self._as_output(padded(self.rests[tokens].to(device) + hidden))
+                    return self._as_output(padded(self.rests[tokens].to(device) + hidden[: len(tokens)]))
 
                 patches.enter_context(calling(self.block, replayed))
             else:
