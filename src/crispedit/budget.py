@@ -33,8 +33,10 @@ from .updates import PricedRule
 
 AIM = 0.95
 """The share of the budget that is aimed at: what is measured goes up and down by a few percent from epoch to epoch."""
-STEP = 0.1
-"""The length of the first step, in terms of the ball's radius; it falls linearly to zero."""
+STEP, STEPS = 0.1, 200
+"""The length of the first step, in terms of the ball's radius, in a run of so many steps or fewer; it falls linearly to
+zero. Of n steps it is √(STEPS / n) times that: where batches do not agree, steps add up like a walk (docs/decisions.md,
+"A thousand edits")."""
 REACH = 5.0
 """What edits need at least, in terms of :func:`linear_drift`: measured on the bundled model, 1 to 1,000 edits. Within a
 larger ball steps are as long as in one half way between that and the ball, on a logarithmic scale."""
@@ -153,10 +155,11 @@ class Budgeted(RuledMatrices):
         return AIM * self.budget / self.ratio
 
     def optimizer(self, lr: float) -> NaturalDescent:
-        """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or of less if that will do."""
+        """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or less if that will do."""
         metrics = [rule.metric for rule in self.priced]
         radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, REACH * self.linear)))
-        return NaturalDescent(self.parameters, metrics, lr * radius, self.steps)
+        walk = math.sqrt(min(1.0, STEPS / self.steps))
+        return NaturalDescent(self.parameters, metrics, lr * walk * radius, self.steps)
 
     def reset(self) -> None:
         """The rules' parameters, and the ball, as they were."""

@@ -89,8 +89,11 @@ class DriftMeter:
     @torch.no_grad()
     def _measure(self, batches: Sequence[int]) -> tuple[float, float]:
         def sums(number: int) -> Tensor:
-            logits, labels = self._logits(self._batches[number])
-            return of_tokens(self._base(self._place[number]), logits, labels).sum(1)
+            edited, labels = self._logits.states(self._batches[number])
+            base = self._base.states(self._place[number])
+            # the same pieces of both: their products are the same where nothing has changed
+            parts = [of_tokens(base.logits(p), edited.logits(p), labels[p]).sum(1) for p in edited.pieces()]
+            return torch.stack(parts).sum(0)
 
         drift, loss_base, _, tokens = torch.stack([found for _, found in distributed.spread(batches, sums)]).sum(0)
         return max(0.0, float(drift / tokens)), float(loss_base / tokens)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .models import decoder_blocks, mlp_of, text_config
+from .pieces import HiddenStates, up_to_head
 from .rows import EditRow
 from .texts import PADDING, pad
 
@@ -289,15 +290,44 @@ def target_logits(model: Any, batch: RowBatch, given: dict[str, Any] | None = No
         (targets, vocabulary), in the model's dtype.
     """
     given = batch.of(model) if given is None else given
-    head = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         return _at_targets(model(**given).logits, batch)
-    with ExitStack() as hooks:
-        hooks.enter_context(_only_at(head, batch.positions, scatter=False))
-        if (mlp := _last_mlp(model)) is not None:
-            hooks.enter_context(_only_at(mlp, batch.positions, scatter=True))
+    with _at_positions(model, batch):
         logits: Tensor = model(**given).logits
     return logits[0].index_select(0, batch.predicted_at.to(logits.device))
+
+
+def target_states(model: Any, batch: RowBatch) -> HiddenStates:
+    """What these logits are made of.
+
+    Args:
+        model: A causal LM.
+        batch: Rows, on the device of the model's embeddings.
+
+    Returns:
+        (targets, width), on the device of the head.
+    """
+    given = batch.of(model)
+    if model.get_output_embeddings() is None:
+        return HiddenStates.of_logits(_at_targets(model(**given).logits, batch))
+
+    def run() -> Tensor:
+        with _at_positions(model, batch):
+            return model(**given).logits  # type: ignore[no-any-return]
+
+    found = up_to_head(model, run)
+    states = found.states[0]
+    return replace(found, states=states.index_select(0, batch.predicted_at.to(states.device)))
+
+
+@contextmanager
+def _at_positions(model: Any, batch: RowBatch) -> Iterator[None]:
+    """Within, the head and the MLP of the last block see the positions where targets are predicted."""
+    with ExitStack() as hooks:
+        hooks.enter_context(_only_at(model.get_output_embeddings(), batch.positions, scatter=False))
+        if (mlp := _last_mlp(model)) is not None:
+            hooks.enter_context(_only_at(mlp, batch.positions, scatter=True))
+        yield
 
 
 @contextmanager
@@ -349,7 +379,8 @@ def _only_at(module: nn.Module, positions: Tensor, *, scatter: bool) -> Iterator
     def put_back(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return scattered(output[0, : len(positions)], positions, shape[0], shape[1])
 
-    handles = [module.register_forward_pre_hook(gather)]
+    # before the hooks that others have hung there: they see what the module is given
+    handles = [module.register_forward_pre_hook(gather, prepend=True)]
     if scatter:
         handles.append(module.register_forward_hook(put_back))
     try:

@@ -77,6 +77,19 @@ def hidden_states(model: Any, batch: TokenBatch) -> HiddenStates:
         What its logits are made of, (rows, length, width).
     """
     given = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    return up_to_head(model, lambda: model(**given).logits)
+
+
+def up_to_head(model: Any, run: Callable[[], Tensor]) -> HiddenStates:
+    """Runs a model up to its head in a way of one's own.
+
+    Args:
+        model: A causal LM, as in :func:`hidden_states`.
+        run: Calls it, and gives its logits, (rows, length, vocabulary).
+
+    Returns:
+        What these are made of, (rows, length, width).
+    """
     head = None if ranks.in_step() or model in _otherwise else model.get_output_embeddings()
     if head is not None:
         kept: list[Tensor] = []
@@ -87,13 +100,13 @@ def hidden_states(model: Any, batch: TokenBatch) -> HiddenStates:
 
         handle = head.register_forward_pre_hook(at_one)
         try:
-            logits: Tensor = model(**given).logits
+            logits = run()
         finally:
             handle.remove()
         if len(kept) == 1 and torch.equal(logits.float(), head(_first(kept[0])).to(logits.device).float()):
             return HiddenStates(kept[0], head, logits.shape[-1])
         _otherwise.add(model)
-    return HiddenStates.of_logits(model(**given).logits)
+    return HiddenStates.of_logits(run())
 
 
 def _first(states: Tensor) -> Tensor:

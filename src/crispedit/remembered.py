@@ -4,8 +4,8 @@ Kept is the output of the last block where something is predicted. Of a token th
 is wide; its logits would take as many as there are words.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import CrispEditError
 from .forward import RowBatch, scattered
 from .models import decoder_blocks
+from .pieces import HiddenStates
 from .progress import Progress, log, no_progress
 from .replay import RowLogits, calling, tolerance
 from .room import room
@@ -93,15 +94,35 @@ class Remembered:
         Returns:
             (targets, vocabulary).
         """
-        kept = self._kept[self._first[number] : self._first[number + 1]]
         if not self.ended:
-            return kept
+            return self._kept_of(number)
         batch = self.logits.batch(self.batches[number])
+        with self._ended_so(batch, self._kept_of(number)):
+            return self.logits.of_model(batch)
+
+    def states(self, number: int) -> HiddenStates:
+        """What the same logits are made of, (targets, width).
+
+        Args:
+            number: Of the batch.
+        """
+        if not self.ended:
+            return HiddenStates.of_logits(self._kept_of(number))
+        batch = self.logits.batch(self.batches[number])
+        with self._ended_so(batch, self._kept_of(number)):
+            return self.logits.states_of_model(batch)
+
+    def _kept_of(self, number: int) -> Tensor:
+        return self._kept[self._first[number] : self._first[number + 1]]
+
+    @contextmanager
+    def _ended_so(self, batch: RowBatch, kept: Tensor) -> Iterator[None]:
+        """Within, the model's blocks end in what is kept of a batch."""
         with ExitStack() as patches:
             for block in self._blocks[:-1]:
                 patches.enter_context(calling(block, self._nothing))
             patches.enter_context(calling(self._blocks[-1], lambda *_, **__: self._output(self._ending(batch, kept))))
-            return self.logits.of_model(batch)
+            yield
 
     def _ending(self, batch: RowBatch, kept: Tensor) -> Tensor:
         device = next(self._blocks[-1].parameters()).device

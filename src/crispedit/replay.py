@@ -12,7 +12,7 @@ less is replayed: from the input of the first edited block (``block``), or nothi
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -31,9 +31,11 @@ from .forward import (
     repeated,
     scattered,
     target_logits,
+    target_states,
     whole_logits,
 )
 from .models import EditMatrix, decoder_blocks, intermediate_width, text_config
+from .pieces import HiddenStates
 from .progress import Progress, log, no_progress
 from .room import NoRoomError, room
 from .rows import EditRow
@@ -113,8 +115,27 @@ class RowLogits:
             Logits (targets, vocabulary) and labels (targets,), on one device.
         """
         batch = self.batch(chosen)
-        logits = self.of_model(batch) if self._record is None else self._record.logits(self.model, batch, chosen)
+        with self._replayed(batch, chosen):
+            logits = self.of_model(batch)
         return logits, batch.labels.to(logits.device)
+
+    def states(self, chosen: Sequence[int]) -> tuple[HiddenStates, Tensor]:
+        """What the same logits are made of, of which there may be many.
+
+        Args:
+            chosen: The rows' indices.
+
+        Returns:
+            (targets, width), and labels (targets,), on one device.
+        """
+        batch = self.batch(chosen)
+        with self._replayed(batch, chosen):
+            found = self.states_of_model(batch)
+        return found, batch.labels.to(found.states.device)
+
+    def _replayed(self, batch: RowBatch, chosen: Sequence[int]) -> AbstractContextManager[None]:
+        """Within, the model sets out from the record, if there is one."""
+        return nullcontext() if self._record is None else self._record.replayed(batch, chosen)
 
     def batch(self, chosen: Sequence[int]) -> RowBatch:
         """Some rows as they are run together, on the device of the model's embeddings."""
@@ -123,6 +144,12 @@ class RowLogits:
     def of_model(self, batch: RowBatch) -> Tensor:
         """Logits (targets, vocabulary) of a batch, from the embedding on."""
         return (whole_logits if self.start == "whole" else target_logits)(self.model, batch)
+
+    def states_of_model(self, batch: RowBatch) -> HiddenStates:
+        """What these are made of, (targets, width)."""
+        if self.start == "whole":
+            return HiddenStates.of_logits(whole_logits(self.model, batch))
+        return target_states(self.model, batch)
 
     def by_row(
         self, chosen: Sequence[int], batch_tokens: int, of: Callable[[Tensor, Tensor], Tensor]
@@ -416,8 +443,9 @@ class _Record:
         found, self.kept = room(self.num_tokens, kinds, inputs.device)
         self.inputs, self.rests = found[0], found[-1]
 
-    def logits(self, model: Any, batch: RowBatch, chosen: Sequence[int]) -> Tensor:
-        """Logits at the targets of recorded rows, (targets, vocabulary)."""
+    @contextmanager
+    def replayed(self, batch: RowBatch, chosen: Sequence[int]) -> Iterator[None]:
+        """Within, the model sets out from what is recorded of some rows, whatever it is called with."""
         tokens = torch.tensor([self.tokens[chosen[row]][place] for row, place in batch.sources])
         tokens = tokens.to(self.inputs.device)
         sequences, length = batch.ids.shape
@@ -431,16 +459,16 @@ class _Record:
                 patches.enter_context(calling(block, self._nothing))
             if self.start == "matrix":
 
-                def replayed(*_: Any, **__: Any) -> Any:
+                def from_matrix(*_: Any, **__: Any) -> Any:
                     hidden = self.matrix.module(self.inputs[repeated(tokens)].to(device))
                     for module in self.after:
                         hidden = module(hidden)
                     return self._as_output(padded(self.rests[tokens].to(device) + hidden[: len(tokens)]))
 
-                patches.enter_context(calling(self.block, replayed))
+                patches.enter_context(calling(self.block, from_matrix))
             else:
                 patches.enter_context(_input(self.block, lambda: padded(self.inputs[tokens].to(device))))
-            return target_logits(model, batch)
+            yield
 
     def _nothing(self, *arguments: Any, **keywords: Any) -> Any:
         """What a block below does: it hands on what it was given."""

@@ -37,7 +37,7 @@ from .description import DESCRIBED_WHOLE
 from .drift_meter import SAMPLE, WHOLE
 from .editing import CHECKED
 from .edits import spread
-from .forward import BatchSize, batch_size
+from .forward import BatchSize, batch_size, rounded_up
 from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
@@ -321,9 +321,11 @@ class Planner:
         for groups, times in ((whole, 2 + -(-epochs // WHOLE)), (sample, epochs)):
             sizes = [batch_size(group, None) for group in groups]
             remembered += sum(size.labels for size in sizes)
-            once = step_flops(work.model, self.matrices, sizes, replay=True).forward
-            once += sum(size.labels for size in sizes) * head_flops(work.model)
-            flops += (1 + times) * once
+            head, given = head_flops(work.model), sum(rounded_up(size.positions) for size in sizes)
+            blocks = step_flops(work.model, self.matrices, sizes, replay=True).forward - head * given
+            # remembered with all logits, twice; then measured by pieces, both at two positions more (pieces.py)
+            flops += blocks + 2 * head * given
+            flops += times * (blocks + 2 * head * sum(size.labels + 2 for size in sizes))
             seconds += (1 + times) * sum(map(self._metered_seconds, sizes))
         width = int(text_config(work.model).hidden_size)
         kept = recorded_bytes(work.model, self.matrices, sum(s.tokens for s in recorded), self.settings.dtype)
@@ -331,7 +333,7 @@ class Planner:
         largest = max((batch_size(group, None).computed for group in [*whole, *sample]), default=0)
         return _Metering(
             kept_bytes=0 if kept > MEMORY_SHARE * max(0, self.memory - self.begun) else kept,
-            working_bytes=largest * 4 * LOGIT_COPIES * vocabulary(work.model),
+            working_bytes=LOGIT_COPIES * self._logit_bytes(largest),
             flops=flops,
             seconds=seconds,
         )
