@@ -6,8 +6,9 @@
 The cases are the bundled model with its own edits, and random Llamas with the bundled tokenizer, built in a temporary
 directory. Measured are wall seconds and the largest resident set of every stage (the kernel's high-water mark is set
 back between stages, so Linux only). What a stage gave back and the allocator kept counts for the stages after it;
-the plan counts what is alive, so the peak of the whole is what should agree. The plan supposes answers of full
-length: models that stop earlier take less.
+the plan counts what is alive, so the peak of the whole is what should agree. Planned seconds are the mean of a plan
+made before the edit and one made after it: each measures how fast the machine is at the moment. The plan supposes
+answers of full length: models that stop earlier take less.
 """
 
 import contextlib
@@ -127,7 +128,7 @@ def run(case: dict[str, Any], build: Callable[[str, Path], None] = build) -> dic
         build: Writes the model of a name to a directory, with a tokenizer; not called for the bundled model.
 
     Returns:
-        The case, with ``plan`` and ``measured``.
+        The case, with ``plan``, ``planned_after`` (the same again after the edit) and ``measured``.
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -139,16 +140,17 @@ def run(case: dict[str, Any], build: Callable[[str, Path], None] = build) -> dic
             texts = ["--texts", str(write_texts(work / "texts.jsonl"))]
         shared = [model, case["edits"], *texts, *case["options"], "--json", str(work / "found.json")]
         environment = {**os.environ, "CRISPEDIT_CACHE": str(work / "cache")}
-        subprocess.run(
-            [sys.executable, "-m", "crispedit", "plan", *shared], env=environment, check=True, stdout=subprocess.PIPE
-        )
-        plan = json.loads((work / "found.json").read_text())
+        planned = [sys.executable, "-m", "crispedit", "plan", *shared]
+        subprocess.run(planned, env=environment, check=True, stdout=subprocess.PIPE)
+        before = json.loads((work / "found.json").read_text())
         rate = [] if "--budget" in case["options"] else ["--lr", "1e-4"]  # a budget finds its own
         command = ["edit", *shared, "--out", str(work / "edited"), *rate]
         said = subprocess.run(
             [sys.executable, __file__, "--child", *command], env=environment, check=True, stdout=subprocess.PIPE
         ).stdout
-    return {**case, "plan": plan, "measured": json.loads(said.splitlines()[-1])}
+        subprocess.run(planned, env=environment, check=True, stdout=subprocess.PIPE)
+        after = json.loads((work / "found.json").read_text())
+    return {**case, "plan": before, "planned_after": after, "measured": json.loads(said.splitlines()[-1])}
 
 
 def write_texts(path: Path) -> Path:
@@ -164,9 +166,14 @@ def table(path: Path) -> None:
     print("| model | stage | GB planned | measured | ratio | s planned | measured | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for row in runs.read(path):
-        plan, measured = row["plan"]["stages"], row["measured"]
+        plan, after, measured = row["plan"]["stages"], row["planned_after"]["stages"], row["measured"]
         lines = {
-            name: (stage["bytes"], measured["bytes"][name], stage["seconds"], measured["seconds"][name])
+            name: (
+                stage["bytes"],
+                measured["bytes"][name],
+                (stage["seconds"] + after[name]["seconds"]) / 2,
+                measured["seconds"][name],
+            )
             for name, stage in plan.items()
         }
         wholes = list(zip(*lines.values(), strict=True))

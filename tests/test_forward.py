@@ -48,7 +48,7 @@ def test_a_padded_batch_by_hand():
 
 
 def test_a_packed_batch_by_hand():
-    """1-10-11 is shared; the third row begins at its own root and is second in order of tokens; padding reads itself."""
+    """1-10-11 is shared; the third row begins at its own root and is second in order; padding reads itself."""
     batch = collate_packed([EditRow((1, 10, 11, 12), 2), EditRow((1, 10, 13, 2), 2), EditRow((1, 10, 11, 9), 3)], 0.0)
     assert batch.ids.tolist() == [[1, 10, 11, 13, *4 * [PADDING]]]
     assert batch.real.tolist() == [0, 1, 2, 3]

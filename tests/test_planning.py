@@ -18,8 +18,9 @@ from families import FAMILIES, tiny_model
 GB = 10**9
 SPEED = Speed(
     blocks=((32, 0.01, 0.02), (128, 0.02, 0.06)),
+    cached=((32, 0.01), (256, 0.03)),
     row=32,
-    head=1e9,
+    head=((27, 1e9), (256, 1e9)),
     float32=1e9,
     float64=5e8,
     eigh=1e-9,
@@ -183,6 +184,7 @@ def test_narrow_matrices_are_diagonalised_whole():
 def test_a_speed_lies_between_its_points():
     assert SPEED.forward(1) == 0.01
     assert SPEED.forward(80) == pytest.approx(0.015)
+    assert SPEED.answer(512) == pytest.approx(0.06)
     assert SPEED.backward(256) == pytest.approx(0.12)  # beyond what was measured, in proportion
 
 
@@ -274,5 +276,7 @@ def test_every_family_can_be_measured_by_one_block(name):
     assert time.monotonic() - started < 20  # two seconds on a machine with nothing else to do
     assert len(speed.blocks) > 1
     assert all(forward > 0 and backward > 0 for _, forward, backward in speed.blocks)
-    assert min(speed.head, speed.float32, speed.eigh, speed.logit, speed.adam, speed.copied) > 0
+    assert all(rate > 0 for _, rate in (*speed.head, *speed.cached))
+    assert [rows for rows, _ in speed.cached] == [32, 256]
+    assert min(speed.float32, speed.eigh, speed.logit, speed.adam, speed.copied) > 0
     assert all(parameter.is_meta for parameter in model.parameters()), "the model itself is not touched"

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from .factors import sampled
-from .models import decoder_blocks, text_config
+from .models import CACHE, decoder_blocks, text_config
+from .pieces import tokens_at_once
 
 BUDGET = 0.25
 """Seconds that a measurement may take, or one run of what is measured if that takes longer."""
 ROW, FEW, MANY = 32, 32, 2048
 """Tokens of a row, of a small batch, and of a large one at most."""
-NUMBERS = 2**22
-"""Numbers of a tensor that is made to measure something."""
+NUMBERS, HEAD = 2**22, 2**27
+"""Numbers of a tensor that is made to measure something; of the head's matrix, at most: no cache holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,10 @@ class Speed:
 
     Args:
         blocks: Tokens, seconds of a decoder block forward, and seconds of the gradient in its input; ascending.
+        cached: Rows, and seconds of a block forward over one more token of each, keys and values of :data:`ROW` tokens
+            being kept; ascending.
         row: Tokens per row of these.
-        head: Flops per second of a product with the head's matrix.
+        head: Positions, and flops per second of the product of so many with the head's matrix; ascending.
         float32: Flops per second of float32 products.
         float64: Of float64 products.
         eigh: Seconds of a float64 diagonalisation, divided by n³.
@@ -44,8 +47,9 @@ class Speed:
     """
 
     blocks: tuple[tuple[int, float, float], ...]
+    cached: tuple[tuple[int, float], ...]
     row: int
-    head: float
+    head: tuple[tuple[int, float], ...]
     float32: float
     float64: float
     eigh: float
@@ -55,22 +59,31 @@ class Speed:
 
     def forward(self, tokens: float) -> float:
         """Seconds of a block forward over a batch of so many tokens."""
-        return self._between(tokens, 1)
+        return _between([(tokens, forward) for tokens, forward, _ in self.blocks], tokens)
 
     def backward(self, tokens: float) -> float:
         """Seconds of the gradient in a block's input over a batch of so many tokens."""
-        return self._between(tokens, 2)
+        return _between([(tokens, backward) for tokens, _, backward in self.blocks], tokens)
 
-    def _between(self, tokens: float, which: int) -> float:
-        """On the straight lines through what was measured; no less than the fewest tokens took."""
-        points = [(float(point[0]), float(point[which])) for point in self.blocks]
-        if tokens >= points[-1][0]:
-            return points[-1][1] * tokens / points[-1][0]
-        right = next((i for i, (measured, _) in enumerate(points) if measured > tokens))
-        if right == 0:
-            return points[0][1]
-        (x, y), (more, longer) = points[right - 1], points[right]
-        return y + (longer - y) * (tokens - x) / (more - x)
+    def logits(self, flops: float, positions: int) -> float:
+        """Seconds of products with the head's matrix, so many positions at a time: of few, memory is the bound."""
+        rates = [rate for measured, rate in self.head if measured <= positions]
+        return flops / (rates[-1] if rates else self.head[0][1])
+
+    def answer(self, rows: float) -> float:
+        """Seconds of a block forward over the next token of so many rows, all that came before being kept."""
+        return _between(self.cached, rows)
+
+
+def _between(points: Sequence[tuple[int, float]], count: float) -> float:
+    """On the straight lines through what was measured; no less than the fewest took."""
+    if count >= points[-1][0]:
+        return points[-1][1] * count / points[-1][0]
+    right = next(number for number, (measured, _) in enumerate(points) if measured > count)
+    if right == 0:
+        return points[0][1]
+    (x, y), (more, longer) = points[right - 1], points[right]
+    return y + (longer - y) * (count - x) / (more - x)
 
 
 def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequence[int]) -> Speed:
@@ -92,17 +105,21 @@ def measure_speed(model: Any, *, device: torch.device, layer: int, sizes: Sequen
         inputs = torch.randn(tokens // ROW, ROW, width, device=device, dtype=model.dtype).requires_grad_()
         blocks.append((tokens, *_forward_backward(body, inputs, device)))
         tokens *= 4
+    cached = tuple((rows, _cached(body, rows, width, device, model.dtype)) for rows in (FEW, 8 * FEW))
     del body
     size = min(512, max(sizes))
-    columns = max(1, min(int(model.get_output_embeddings().weight.shape[0]), NUMBERS // width))
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    columns = max(1, min(vocabulary, HEAD // width))
+    at_once = sorted({min(tokens_at_once(vocabulary, device.type), 256), 256})
     return Speed(
         blocks=tuple(blocks),
+        cached=cached,
         row=ROW,
-        head=_product_rate(256, width, columns, device, model.dtype),
+        head=tuple((rows, _product_rate(rows, width, columns, device, model.dtype)) for rows in at_once),
         float32=_product_rate(1024, 1024, 1024, device, torch.float32),
         float64=_product_rate(16, 1024, 1024, device, torch.float64),  # blocks as a search for eigenpairs multiplies
         eigh=_eigh_seconds(size, device) / size**3,
-        logit=_logit_seconds(columns, device),
+        logit=_logit_seconds(min(columns, NUMBERS // width), device),
         adam=_adam_seconds(device),
         copied=_copy_rate(device),
     )
@@ -114,6 +131,9 @@ def _one_block(model: Any, layer: int, device: torch.device) -> Any:
     path, blocks = decoder_blocks(small)
     parent, _, name = path.rpartition(".")
     setattr(small.get_submodule(parent), name, nn.ModuleList([blocks[layer]]))
+    for module in blocks[layer].modules():
+        if hasattr(module, "layer_idx"):  # where it keeps keys and values
+            module.layer_idx = 0  # type: ignore[assignment]  # torch takes what it does not know for a module
     small.set_input_embeddings(nn.Embedding(1, int(text_config(model).hidden_size), device="meta", dtype=model.dtype))
     body = small.base_model.to_empty(device=device)
     for tensor in chain(body.parameters(), body.buffers()):
@@ -132,6 +152,18 @@ def _forward_backward(body: Any, inputs: Tensor, device: torch.device) -> tuple[
         torch.autograd.grad(given[0], inputs, torch.ones_like(given[0]), retain_graph=True)
 
     return _seconds(forward, device), _seconds(backward, device)
+
+
+@torch.no_grad()
+def _cached(body: Any, rows: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of a forward pass over one more token of rows; the cache grows by it."""
+    known = [body(inputs_embeds=torch.zeros(rows, ROW, width, device=device, dtype=dtype), use_cache=True)[CACHE]]
+    token = torch.zeros(rows, 1, width, device=device, dtype=dtype)
+
+    def step() -> None:
+        known[:] = [body(inputs_embeds=token, use_cache=True, **{CACHE: known[0]})[CACHE]]
+
+    return _seconds(step, device)
 
 
 def _product_rate(rows: int, inner: int, columns: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -177,7 +209,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The median of some runs after a first one that warms up."""
     times: list[float] = []
     started = time.perf_counter()
-    while len(times) < 2 or (time.perf_counter() - started < BUDGET / 4 and len(times) < 20):
+    while len(times) < 4 or (time.perf_counter() - started < BUDGET / 4 and len(times) < 20):
         before = time.perf_counter()
         run()
         if device.type == "cuda":

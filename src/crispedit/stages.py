@@ -174,11 +174,16 @@ class Planner:
         tokens = max((max(lengths) * len(lengths) for half in self.work.halves for lengths in half), default=0)
         return SLACK * (self._kept(tokens, self.above, self.settings.dtype) + LOGIT_COPIES * self._logit_bytes(tokens))
 
+    @property
+    def _at_once(self) -> int:
+        """Positions of texts that have their logits at a time (:mod:`crispedit.pieces`)."""
+        return tokens_at_once(vocabulary(self.work.model), "cpu" if self.work.on_cpu else "")
+
     def _logit_bytes(self, tokens: int) -> int:
         """Float32 logits of a batch of texts, as many as there are at a time."""
         vocabulary_size = vocabulary(self.work.model)
         if not self.processes.shard:
-            tokens = min(tokens, tokens_at_once(vocabulary_size, "cpu" if self.work.on_cpu else ""))
+            tokens = min(tokens, self._at_once)
         return 4 * vocabulary_size * tokens
 
     def _after(self, transient: float) -> float:
@@ -349,7 +354,7 @@ class Planner:
         """Of texts once: the first matrix, the blocks above, the head twice, a divergence."""
         if self.speed is None:
             return 0.0
-        heads = 2 * size.labels * head_flops(self.work.model) / self.speed.head
+        heads = self.speed.logits(2 * size.labels * head_flops(self.work.model), self._at_once)
         first = 2 * self.shapes[0][0] * self.shapes[0][1] * size.tokens / self.speed.float32
         blocks = self.above * self.speed.forward(self._alike(size.computed, size.pairs))
         return first + blocks + heads + size.labels * vocabulary(self.work.model) * self.speed.logit
@@ -359,7 +364,7 @@ class Planner:
         assert self.speed is not None
         alike = self._alike(size.computed, size.pairs)
         blocks = self.above * (self.speed.forward(alike) + self.speed.backward(alike))
-        heads = 2 * head_flops(self.work.model) * size.positions / self.speed.head
+        heads = self.speed.logits(2 * head_flops(self.work.model) * size.positions, size.positions)
         logits = size.labels * vocabulary(self.work.model) * self.speed.logit
         d_out, d_in = self.shapes[0]
         # in float32: the first matrix times its recorded inputs, and the gradients of all
@@ -420,8 +425,8 @@ class Planner:
         total = 0.0
         for group in prompts:
             total += self._pass_seconds(group, logits=len(group))
-            total += MAX_NEW_TOKENS * len(self.blocks) * self.speed.forward(len(group))
-            total += MAX_NEW_TOKENS * len(group) * head_flops(self.work.model) / self.speed.head
+            total += MAX_NEW_TOKENS * len(self.blocks) * self.speed.answer(len(group))
+            total += self.speed.logits(MAX_NEW_TOKENS * len(group) * head_flops(self.work.model), len(group))
         return total
 
     def _changes(self, copies: int) -> int:
@@ -484,8 +489,8 @@ class Planner:
         if differentiated is not None:
             seconds += differentiated * self.speed.backward(alike)
             heads = 2
-        positions = tokens if logits is None else logits
-        return seconds + heads * positions * head_flops(self.work.model) / self.speed.head
+        positions, together = (tokens, self._at_once) if logits is None else (logits, logits)
+        return seconds + self.speed.logits(heads * positions * head_flops(self.work.model), together)
 
     def _stage(
         self, name: str, num_bytes: float, flops: int, seconds: float | None, of_all: int | None = None
