@@ -10,7 +10,7 @@ import torch
 from builders import curvature_of
 from crispedit import budget as budget_module
 from crispedit import cli, jobs, updates
-from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, Budget, Budgeted, linear_drift
+from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, STEPS, Budget, Budgeted, linear_drift
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
 from crispedit.curvature import Curvature
@@ -242,6 +242,17 @@ def test_steps_grow_more_slowly_than_a_ball_that_is_larger_than_needed():
         assert lengths[1.0] == pytest.approx(STEP * math.sqrt(2 * AIM / RATIO))
         assert lengths[0.5] == pytest.approx(lengths[1.0] / math.sqrt(2))
         assert lengths[100.0] == pytest.approx(100**0.25 * lengths[1.0])  # half way to 10 times
+
+
+def test_of_many_steps_each_is_shorter():
+    """By the root of their number: n steps that do not agree lead √n of them away. Of few it is a share of the ball."""
+    tiny = Tiny(1.0)
+    lengths = {}
+    for steps in (10, STEPS, 4 * STEPS, 100 * STEPS):
+        tiny.budgeted.steps = steps
+        lengths[steps] = tiny.budgeted.optimizer(STEP).param_groups[0]["lr"]
+    whole = STEP * math.sqrt(2 * AIM / RATIO)
+    assert list(lengths.values()) == pytest.approx([whole, whole, whole / 2, whole / 10])
 
 
 # ---------------------------------------------------------------- how the ball follows what is measured

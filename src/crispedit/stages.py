@@ -296,6 +296,10 @@ class Planner:
             below = len(self.blocks) - self.above
             recorded = (below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
             seconds = sum(recorded, 0.0)
+            # a few rows by the whole model, and again packed: what a replay is held against
+            shown = spread(work.rows, CHECK_ROWS)
+            targets = sum(row.num_targets for row in shown)
+            seconds += 2 * self._pass_seconds([len(row.ids) for row in shown], logits=targets)
             seconds += self.steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
             seconds += metering.seconds if metering else 0.0
         return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all)
