@@ -118,6 +118,13 @@ def test_a_sharded_model_gives_what_a_whole_one_gives(results):
         assert off < (5e-2 if name.startswith("bfloat16") else 1e-5), name
 
 
+def test_of_a_sharded_model_no_block_below_the_first_edited_one_is_put_together(results):
+    """Two blocks of which the second is edited: a replay takes that one alone."""
+    several = together.read(results[2], "sharded")[0]["put_together"]
+    for label, seen in several.items():
+        assert (len(seen["replayed"]), len(seen["whole"])) == (1, 2), label
+
+
 def test_a_sharded_model_is_evaluated_as_a_whole_one_is(results):
     """Bit for bit: a block is whole when it is run, and every process runs every batch."""
     one, several = (together.read(results[n], "sharded")[0]["evaluation"] for n in (1, 2))

@@ -206,6 +206,22 @@ def test_nothing_below_is_run_again():
     assert runs == [(3, "self_attn"), (3, "mlp")]  # of block 2 only the matrix itself
 
 
+@torch.no_grad()
+def test_the_hooks_of_blocks_below_are_not_called_and_are_there_afterwards():
+    """FSDP's would put a divided block together for nothing."""
+    model, called = tiny_llama(layers=4), []
+    found = row_logits(model, edit_matrices(model, (2, 3)), some_rows())
+    for index, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda *_, index=index: called.append(index))
+        block.register_forward_hook(lambda *_, index=index: called.append(index))
+    before = found([0, 1])[0]
+    assert called == [2, 2, 3, 3]
+    called.clear()
+    batch = found.batch([0, 1])
+    assert relative(before, found.of_model(batch)) < 1e-5  # float32
+    assert called == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 # ---------------------------------------------------------------- what does not fit is told, and less is replayed
 
 

@@ -13,14 +13,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,6 +49,7 @@ from crispedit.edits import edits_from_rows
 from crispedit.factors import estimate_factors, estimate_second_moments
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
+from crispedit.replay import row_logits
 from crispedit.rotation import rotated
 from crispedit.rows import EditRow
 from crispedit.sharding import shard_model, whole_state
@@ -161,6 +163,7 @@ def budget() -> Found:
 def sharded() -> Found:
     """Factors and steps of models of which every process holds a part; the last stage, for they stay in step."""
     tensors: dict[str, Tensor] = {}
+    put_together: dict[str, dict[str, list[int]]] = {}
     rows = [EditRow(tuple(ids), len(ids) - 2) for ids in random_rows([5 + i % 4 for i in range(8)], 5)]
     for label, build in {"llama": tiny_llama, "gpt2": tiny_gpt2, "bfloat16": lambda: tiny_llama().bfloat16()}.items():
         model = build()
@@ -178,6 +181,12 @@ def sharded() -> Found:
             before = [matrix.weight.clone() for matrix in matrices]
             fine_tune(model, matrices, rules, rows, lr=3e-3, epochs=7, batch_size=3)
             tensors |= {f"{label}/{m.name}": m.weight - old for m, old in zip(matrices, before, strict=True)}
+            last = row_logits(model, matrices[1:], rows)
+            with gathered() as replayed, torch.no_grad():
+                last([0])
+            with gathered() as whole, torch.no_grad():
+                last.of_model(last.batch([0]))
+            put_together[label] = {"replayed": replayed, "whole": whole}
         if label == "llama":
             _, changed = within_budget(model, matrices, list(estimated.values()))
             tensors |= {f"budget/{name}": change for name, change in changed.items()}
@@ -190,7 +199,20 @@ def sharded() -> Found:
         for one in (whole, base):
             shard_model(one.model, (), torch.device("cpu"))
     found = _evaluated(whole, base, edits_from_rows(ROWS))
-    return {"fingerprint": fingerprint(model), "evaluation": found}, tensors
+    return {"fingerprint": fingerprint(model), "evaluation": found, "put_together": put_together}, tensors
+
+
+@contextmanager
+def gathered() -> Iterator[list[int]]:
+    """Within, the sizes of what is put together of the parts that processes have."""
+    found: list[int] = []
+
+    def counted(whole: Tensor, *given: Any, own: Any = dist.all_gather_single, **named: Any) -> Any:
+        found.append(whole.numel())
+        return own(whole, *given, **named)
+
+    with mock.patch.object(dist, "all_gather_single", counted):
+        yield found
 
 
 ROWS = [

@@ -6,6 +6,7 @@ is wide; its logits would take as many as there are words.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .forward import RowBatch, scattered
 from .models import decoder_blocks
 from .pieces import HiddenStates
 from .progress import Progress, log, no_progress
-from .replay import RowLogits, calling, tolerance
+from .replay import RowLogits, passed_by, tolerance
 from .room import room
 
 
@@ -120,8 +121,9 @@ class Remembered:
         """Within, the model's blocks end in what is kept of a batch."""
         with ExitStack() as patches:
             for block in self._blocks[:-1]:
-                patches.enter_context(calling(block, self._nothing))
-            patches.enter_context(calling(self._blocks[-1], lambda *_, **__: self._output(self._ending(batch, kept))))
+                patches.enter_context(passed_by(block, self._nothing))
+            ending = partial(self._ending, batch, kept)
+            patches.enter_context(passed_by(self._blocks[-1], lambda *_, **__: self._output(ending())))
             yield
 
     def _ending(self, batch: RowBatch, kept: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ less is replayed: from the input of the first edited block (``block``), or nothi
 """
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -456,7 +457,7 @@ class _Record:
         device = self.matrix.parameter.device
         with ExitStack() as patches:
             for block in self.below:
-                patches.enter_context(calling(block, self._nothing))
+                patches.enter_context(passed_by(block, self._nothing))
             if self.start == "matrix":
 
                 def from_matrix(*_: Any, **__: Any) -> Any:
@@ -507,6 +508,21 @@ def calling(module: nn.Module, function: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+@contextmanager
+def passed_by(block: nn.Module, function: Any) -> Iterator[None]:
+    """Within, a block's forward is a function that needs none of its weights, and none of its hooks is called.
+
+    FSDP's would put the block together first, which moves all of it to every process.
+    """
+    kept = block._forward_pre_hooks, block._forward_hooks
+    block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        with calling(block, function):
+            yield
+    finally:
+        block._forward_pre_hooks, block._forward_hooks = kept
 
 
 @contextmanager
