@@ -246,13 +246,19 @@ def test_steps_grow_more_slowly_than_a_ball_that_is_larger_than_needed():
 
 def test_of_many_steps_each_is_shorter():
     """By the root of their number: n steps that do not agree lead √n of them away. Of few it is a share of the ball."""
-    tiny = Tiny(1.0)
-    lengths = {}
-    for steps in (10, STEPS, 4 * STEPS, 100 * STEPS):
-        tiny.budgeted.steps = steps
-        lengths[steps] = tiny.budgeted.optimizer(STEP).param_groups[0]["lr"]
+
+    def lengths(budget: float, needed: float) -> list[float]:
+        tiny, found = Tiny(budget, linear=needed * AIM / RATIO / REACH), []
+        for steps in (10, STEPS, 4 * STEPS, 100 * STEPS):
+            tiny.budgeted.steps = steps
+            found.append(tiny.budgeted.optimizer(STEP).param_groups[0]["lr"])
+        return found
+
     whole = STEP * math.sqrt(2 * AIM / RATIO)
-    assert list(lengths.values()) == pytest.approx([whole, whole, whole / 2, whole / 10])
+    assert lengths(1.0, needed=1.0) == pytest.approx([whole, whole, whole / 2, whole / 10])
+    half = 100 ** (-0.5 / 4)  # a ball half as large as needed
+    assert lengths(1.0, needed=2.0)[-1] == pytest.approx(half * whole)
+    assert lengths(1.0, needed=math.inf) == pytest.approx([whole] * 4)
 
 
 # ---------------------------------------------------------------- how the ball follows what is measured

@@ -35,8 +35,9 @@ AIM = 0.95
 """The share of the budget that is aimed at: what is measured goes up and down by a few percent from epoch to epoch."""
 STEP, STEPS = 0.1, 200
 """The length of the first step, in terms of the ball's radius, in a run of so many steps or fewer; it falls linearly to
-zero. Of n steps it is √(STEPS / n) times that: where batches do not agree, steps add up like a walk (docs/decisions.md,
-"A thousand edits")."""
+zero. Of n steps it is √(STEPS / n) times that: where batches do not agree, steps add up like a walk. In a ball that is
+smaller than needed there is a way to go along its surface, and steps stay as long (docs/decisions.md, "A thousand
+edits")."""
 REACH = 5.0
 """What edits need at least, in terms of :func:`linear_drift`: measured on the bundled model, 1 to 1,000 edits. Within a
 larger ball steps are as long as in one half way between that and the ball, on a logarithmic scale."""
@@ -157,8 +158,9 @@ class Budgeted(RuledMatrices):
     def optimizer(self, lr: float) -> NaturalDescent:
         """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or less if that will do."""
         metrics = [rule.metric for rule in self.priced]
-        radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, REACH * self.linear)))
-        walk = math.sqrt(min(1.0, STEPS / self.steps))
+        needed = REACH * self.linear
+        radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, needed)))
+        walk = min(1.0, STEPS / self.steps) ** (0.5 * min(1.0, self.allowed / needed) ** 2)
         return NaturalDescent(self.parameters, metrics, lr * walk * radius, self.steps)
 
     def reset(self) -> None:
