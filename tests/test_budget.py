@@ -46,13 +46,22 @@ def subspace(form="auto", shape=(D_OUT, D_IN), seed=0) -> Subspace:
 
 @pytest.mark.parametrize(
     ("given", "nats", "said"),
-    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%"), ("auto", 0.04, "2%")],
+    [(0.01, 0.01, "0.01"), ("0.01", 0.01, "0.01"), ("1%", 0.02, "1%"), (" 0.5%", 0.01, "0.5%"), ("auto", 0.04, "auto")],
 )
 def test_a_budget_is_nats_or_a_share_of_the_base_models_loss(given, nats, said):
     budget = Budget.parse(given)
     assert budget.nats(loss_base=2.0) == pytest.approx(nats)
     assert str(budget) == said
     assert Budget.parse(budget) is budget
+
+
+@pytest.mark.parametrize(("needed", "nats"), [(0.0, 0.04), (0.03, 0.04), (0.1, 0.1), (0.3, 0.16), (math.inf, 0.16)])
+def test_auto_is_what_edits_need_between_two_and_eight_hundredths(needed, nats):
+    """Of a loss of 2; measured drift is ten times what is predicted, and 0.95 of a budget is aimed at."""
+    linear = needed / (RATIO * REACH) * AIM
+    assert Budget.parse("auto").nats(2.0, linear) == pytest.approx(nats)
+    assert Budget.parse("2%").nats(2.0, linear) == pytest.approx(0.04)
+    assert Budget.parse("0.01").nats(2.0, linear) == 0.01
 
 
 @pytest.mark.parametrize("given", ["", "x", "0", "-1%", "nan", "inf", 0.0, "1%%"])

@@ -51,8 +51,9 @@ LEARN = 2.0
 """That ratio changes at most by this factor from epoch to epoch."""
 WITHIN = 0.99
 """The share of the budget that is kept when too much was spent and is taken back."""
-DEFAULT = 0.02
-"""What ``auto`` stands for, a share of the base model's loss on the texts; see docs/decisions.md."""
+DEFAULT, MOST = 0.02, 0.08
+"""What ``auto`` stands for, shares of the base model's loss on the texts: the first, or what the edits need if that is
+more, but never more than the second; see docs/decisions.md."""
 TRIES = 12
 """Measurements at most while that is done; each learns how far off the prediction is."""
 
@@ -64,14 +65,16 @@ class Budget:
     Args:
         amount: Nats per token; or
         share: of the base model's loss on the texts.
+        auto: Whether it is more where the edits need more, up to :data:`MOST`.
     """
 
     amount: float | None = None
     share: float | None = None
+    auto: bool = False
 
     @classmethod
     def parse(cls, given: "str | float | Budget") -> "Budget":
-        """Reads a budget: nats per token, a percentage of the base model's loss such as ``1%``, or ``auto`` (2%).
+        """Reads a budget: nats per token, a percentage of the base model's loss such as ``1%``, or ``auto``.
 
         Args:
             given: The number, or what the user wrote.
@@ -86,7 +89,7 @@ class Budget:
             return given
         text = str(given).strip()
         if text == "auto":
-            return cls(share=DEFAULT)
+            return cls(share=DEFAULT, auto=True)
         try:
             value = float(text.removesuffix("%"))
         except ValueError:
@@ -94,15 +97,25 @@ class Budget:
         if not 0 < value < math.inf:
             raise ConfigError(
                 f"budget is '{given}'; it must be nats per token above 0, such as 0.01, or a share of the base "
-                "model's loss, such as 1%; auto is 2%"
+                "model's loss, such as 1%; auto is 2% or what the edits need, at most 8%"
             )
         return cls(share=value / 100) if text.endswith("%") else cls(amount=value)
 
-    def nats(self, loss_base: float) -> float:
-        """ε, nats per token, of a base model with this loss on the texts."""
-        return self.amount if self.amount is not None else (self.share or 0.0) * loss_base
+    def nats(self, loss_base: float, linear: float = 0.0) -> float:
+        """ε, nats per token.
+
+        Args:
+            loss_base: Of the base model on the texts.
+            linear: :func:`linear_drift` of the edits.
+        """
+        if self.amount is not None:
+            return self.amount
+        least = (self.share or 0.0) * loss_base
+        return max(least, min(MOST * loss_base, REACH * linear * RATIO / AIM)) if self.auto else least
 
     def __str__(self) -> str:
+        if self.auto:
+            return "auto"
         return f"{self.amount:g}" if self.amount is not None else f"{100 * (self.share or 0.0):g}%"
 
 

@@ -100,7 +100,8 @@ class Config(SubspaceConfig):
 
     Args:
         budget: The most drift on the held-out texts, in nats per token or as a percentage of the base model's loss on
-            them (``1%``; ``auto`` is 2%), in place of ``energy``; see :mod:`crispedit.budget`.
+            them (``1%``; ``auto`` is 2%, or what the edits need, at most 8%), in place of ``energy``; see
+            :mod:`crispedit.budget`.
         frontier: How many budgets are edited within, one after the other, from ``budget`` down, each half of the one
             before; what was learned there is where the next begins. What is kept is the first.
     """
@@ -170,13 +171,13 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
     steps = config.epochs * -(-len(every) // rows_per_step(len(every), config.batch_size))
     budget = Budget.parse(config.budget)
     meter = DriftMeter(problem.model, problem.matrices, problem.held_out, problem.progress)
-    most = budget.nats(meter.measure()[1])
+    with rotated(problem.matrices, [rule.frame for rule in rules]):
+        linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
+    most = budget.nats(meter.measure()[1], linear)
     ratio, largest = RATIO, [rule.parameter for rule in rules]
     for halvings in range(config.frontier):
         nats = most / 2**halvings
         with rotated(problem.matrices, [rule.frame for rule in rules]):
-            if halvings == 0:
-                linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
             trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio, linear)
             trace = train_in(problem, config, trainee, every, lr=STEP)
             found = trainee.keep_within()
