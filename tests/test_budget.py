@@ -270,6 +270,10 @@ def test_of_many_steps_each_is_shorter():
     assert lengths(1.0, needed=math.inf) == pytest.approx([whole] * 4)
 
 
+def test_edits_whose_loss_is_exactly_zero_take_no_step():
+    assert Tiny(1.0, linear=0.0).budgeted.optimizer(STEP).param_groups[0]["lr"] == 0
+
+
 # ---------------------------------------------------------------- how the ball follows what is measured
 
 

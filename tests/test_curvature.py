@@ -1,6 +1,7 @@
 """The curvature of a model: its file, its name by content, merging, the comparison of halves, sketches, kills."""
 
 import json
+import logging
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -460,3 +461,28 @@ def test_eigenproblems_are_solved_where_the_matrices_are(curvature, monkeypatch)
         curvature.spectrum(matrix.name)
     assert asked == [torch.device("cuda:1"), torch.device("cpu")]
     assert merge([curvature]).solved_on == curvature.solved_on
+
+
+def test_where_a_gpu_has_no_room_the_curvature_is_diagonalised_in_main_memory(curvature, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    (name, _) = curvature.factors
+    monkeypatch.setattr(Factors, "to", lambda factors, device: (factors, device)[0])
+    monkeypatch.setattr(Spectrum, "to", lambda spectrum, device: spectrum)
+    curvature.solved_on[name] = torch.device("cuda:0")
+    expected, attempts = Spectrum.of(*curvature.factors[name].dense), []
+
+    def of(A, G):
+        attempts.append(len(A))
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError
+        return expected
+
+    monkeypatch.setattr(Spectrum, "of", of)
+    assert curvature.spectrum(name) is expected
+    assert len(attempts) == 2
+    assert "in main memory" in caplog.text
+
+
+def test_a_sketch_that_stays_where_it_is_knows_its_eigenpairs():
+    sketch = Sketch.of(random_factor(torch.arange(12, 0, -1.0), seed=0), rank=6)
+    assert sketch.to(torch.device("cpu")) is sketch

@@ -130,7 +130,9 @@ def test_both_kinds_of_attention_take_the_mask_of_a_pack(attention):
     model = tiny_model("llama", attn_implementation=attention)
     assert model.config._attn_implementation == attention
     with torch.no_grad():
-        assert relative(target_logits(model, collate_packed(ROWS, 0.0)), by_rows(model, ROWS)) < 1e-5
+        for multiple in (1, 8):
+            found = target_logits(model, collate_packed(ROWS, 0.0), multiple=multiple)
+            assert relative(found, by_rows(model, ROWS)) < 1e-5
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -142,7 +144,8 @@ def test_gradients_are_those_of_the_plain_model(name, packed):
     batch = collate_packed(ROWS, 0.0) if packed else collate(ROWS)
     parameters = list(model.parameters())
     expected = torch.autograd.grad((by_rows(model, ROWS).log_softmax(-1) * weights).sum(), parameters)
-    found = torch.autograd.grad((target_logits(model, batch).log_softmax(-1) * weights).sum(), parameters)
+    logits = target_logits(model, batch, multiple=8)  # what is there again must not count again
+    found = torch.autograd.grad((logits.log_softmax(-1) * weights).sum(), parameters)
     total = torch.cat([g.flatten() for g in expected]).norm()
     for one, truth in zip(found, expected, strict=True):
         assert (one - truth).norm() <= 1e-5 * total  # float32; some gradients are zero but for rounding
@@ -156,10 +159,10 @@ def test_the_head_and_the_last_mlp_see_targets_only():
             1
         ]
     batch = collate(ROWS)
-    target_logits(model, batch)
-    assert seen["model.layers.0.mlp"] == (6, 7, 32)
-    assert len(batch.positions) == 12
-    assert seen["model.layers.1.mlp"] == seen["lm_head"] == (1, 16, 32)  # a multiple of 8
+    for multiple, positions in ((1, 12), (8, 16)):
+        target_logits(model, batch, multiple=multiple)
+        assert seen["model.layers.0.mlp"] == (6, 7, 32)
+        assert seen["model.layers.1.mlp"] == seen["lm_head"] == (1, positions, 32)
 
 
 def test_hooks_are_gone_when_a_model_raises(monkeypatch):

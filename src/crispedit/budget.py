@@ -173,7 +173,8 @@ class Budgeted(RuledMatrices):
         metrics = [rule.metric for rule in self.priced]
         needed = REACH * self.linear
         radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, needed)))
-        walk = min(1.0, STEPS / self.steps) ** (0.5 * min(1.0, self.allowed / needed) ** 2)
+        share = min(1.0, self.allowed / needed) if needed > 0 else 1.0
+        walk = min(1.0, STEPS / self.steps) ** (0.5 * share**2)
         return NaturalDescent(self.parameters, metrics, lr * walk * radius, self.steps)
 
     def reset(self) -> None:

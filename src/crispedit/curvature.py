@@ -48,6 +48,7 @@ from .threshold import check_energy
 from .updates import coordinates_cost_little
 
 Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
+CPU = torch.device("cpu")
 FORMAT = 2
 MANIFEST, TENSORS = "curvature.json", "factors.safetensors"
 
@@ -74,6 +75,8 @@ class Curvature:
         second_moments: By matrix name, where they were measured; see :func:`estimate_second_moments`.
         solved_on: By matrix name, devices on which eigenproblems are solved, if not where the factors are
             (:meth:`solve_near`).
+        edited: The matrices that are about to be edited, where that is known; other spectra wait until they are asked
+            for.
     """
 
     factors: Mapping[str, Factors]
@@ -92,6 +95,7 @@ class Curvature:
     seconds: float = 0.0
     second_moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
     solved_on: dict[str, torch.device] = field(default_factory=dict, repr=False)
+    edited: frozenset[str] = frozenset()
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _tops: dict[str, Spectrum] = field(default_factory=dict, repr=False)
     _starts: dict[str, Spectrum] = field(default_factory=dict, repr=False)
@@ -232,24 +236,35 @@ class Curvature:
         """As much of a spectrum as a cross takes; of a sum, found from that of its largest part."""
         known = self._tops.get(name)
         if known is None and ranks.count() > 1:  # all of them at once: the work can be shared
-            unknown = [n for n in self.factors if n not in self._tops]
+            unknown = [n for n in self._solved_together(name) if n not in self._tops]
             self._tops |= self._solved({n: partial(self._leading, n, energy) for n in unknown})
         elif known is None or (self.factors[name].dense and not known.known_cross(energy)):
             self._tops[name] = self._leading(name, energy)
         return self._tops[name]
 
     def _leading(self, name: str, energy: float) -> Spectrum:
-        known, factors = self._tops.get(name), self.factors[name].to(self._device(name))
-        dense = factors.dense
-        if dense is None:
-            found = known or leading_spectrum(factors)
-        elif known is not None:
-            found = Spectrum.for_cross(*dense, energy, start=known)
-        elif name in self._starts:
-            found = self._starts[name].to(self._device(name)).updated(*dense, energy)
-        else:
-            found = Spectrum.for_cross(*dense, energy)
-        return found
+        def solve(factors: Factors, device: torch.device) -> Spectrum:
+            known, dense = self._tops.get(name), factors.dense
+            if dense is None:
+                return known or leading_spectrum(factors)
+            if known is not None:
+                return Spectrum.for_cross(*dense, energy, start=known.to(device))
+            if name in self._starts:
+                return self._starts[name].to(device).updated(*dense, energy)
+            return Spectrum.for_cross(*dense, energy)
+
+        return self._near(name, solve)
+
+    def _near(self, name: str, solve: Callable[[Factors, torch.device], Spectrum]) -> Spectrum:
+        """A spectrum, found where the matrix is; in main memory where a GPU has no room for that."""
+        device, factors = self._device(name), self.factors[name]
+        try:
+            return solve(factors.to(device), device)
+        except torch.OutOfMemoryError:
+            if device.type == "cpu":
+                raise
+            log.info("no room on %s to diagonalise the curvature of %s: it is done in main memory", device, name)
+        return solve(factors.to(CPU), CPU).to(device)
 
     @property
     def description(self) -> Mapping[str, Description]:
@@ -273,15 +288,21 @@ class Curvature:
             raise ConfigError("sketched factors know leading directions only: use constraint cross, or dense factors")
         if name not in self._spectra:
             # of several processes, which can share the work, all that are not known
-            names = [name] if ranks.count() == 1 else [n for n in self.factors if n not in self._spectra]
+            names = [name] if ranks.count() == 1 else [n for n in self._solved_together(name) if n not in self._spectra]
             dense = [n for n in names if self.factors[n].dense is not None]
             self._spectra |= self._solved({n: partial(self._whole, n) for n in dense})
         return self._spectra[name]
 
     def _whole(self, name: str) -> Spectrum:
-        dense = self.factors[name].to(self._device(name)).dense
-        assert dense is not None
-        return Spectrum.of(*dense)
+        def solve(factors: Factors, _: torch.device) -> Spectrum:
+            assert factors.dense is not None
+            return Spectrum.of(*factors.dense)
+
+        return self._near(name, solve)
+
+    def _solved_together(self, name: str) -> list[str]:
+        """What will be asked for beside a matrix: what is edited, if that is known."""
+        return [n for n in self.factors if not self.edited or n == name or n in self.edited]
 
     def _solved(self, problems: Mapping[str, Callable[[], Spectrum]]) -> dict[str, Spectrum]:
         """The spectra of matrices: each found by one process, by the cubes of their widths, and given to all."""
@@ -308,6 +329,7 @@ class Curvature:
             matrices: Those of a model that is about to be edited.
         """
         devices = {matrix.name: matrix.parameter.device for matrix in matrices}
+        self.edited = frozenset(devices)
         self.solved_on |= {name: device for name, device in devices.items() if device.type == "cuda"}
 
     def _device(self, name: str) -> torch.device:

@@ -278,13 +278,15 @@ def _at_targets(logits: Tensor, batch: RowBatch) -> Tensor:
     return logits.flatten(0, 1)[batch.positions.to(logits.device)][batch.predicted_at.to(logits.device)]
 
 
-def target_logits(model: Any, batch: RowBatch, given: dict[str, Any] | None = None) -> Tensor:
+def target_logits(model: Any, batch: RowBatch, given: dict[str, Any] | None = None, *, multiple: int = 1) -> Tensor:
     """Logits at the positions of a batch that carry loss.
 
     Args:
         model: A causal LM.
         batch: Rows, on the device of the model's embeddings.
         given: What the model is called with; :meth:`RowBatch.of` when omitted.
+        multiple: Of so many is the number of positions that the head and the MLP of the last block see: the last one
+            again and again, which nothing reads.
 
     Returns:
         (targets, vocabulary), in the model's dtype.
@@ -292,17 +294,18 @@ def target_logits(model: Any, batch: RowBatch, given: dict[str, Any] | None = No
     given = batch.of(model) if given is None else given
     if model.get_output_embeddings() is None:
         return _at_targets(model(**given).logits, batch)
-    with _at_positions(model, batch):
+    with _at_positions(model, batch, multiple):
         logits: Tensor = model(**given).logits
     return logits[0].index_select(0, batch.predicted_at.to(logits.device))
 
 
-def target_states(model: Any, batch: RowBatch) -> HiddenStates:
+def target_states(model: Any, batch: RowBatch, *, multiple: int = 1) -> HiddenStates:
     """What these logits are made of.
 
     Args:
         model: A causal LM.
         batch: Rows, on the device of the model's embeddings.
+        multiple: As in :func:`target_logits`.
 
     Returns:
         (targets, width), on the device of the head.
@@ -312,7 +315,7 @@ def target_states(model: Any, batch: RowBatch) -> HiddenStates:
         return HiddenStates.of_logits(_at_targets(model(**given).logits, batch))
 
     def run() -> Tensor:
-        with _at_positions(model, batch):
+        with _at_positions(model, batch, multiple):
             return model(**given).logits  # type: ignore[no-any-return]
 
     found = up_to_head(model, run)
@@ -321,12 +324,12 @@ def target_states(model: Any, batch: RowBatch) -> HiddenStates:
 
 
 @contextmanager
-def _at_positions(model: Any, batch: RowBatch) -> Iterator[None]:
+def _at_positions(model: Any, batch: RowBatch, multiple: int) -> Iterator[None]:
     """Within, the head and the MLP of the last block see the positions where targets are predicted."""
     with ExitStack() as hooks:
-        hooks.enter_context(_only_at(model.get_output_embeddings(), batch.positions, scatter=False))
+        hooks.enter_context(_only_at(model.get_output_embeddings(), batch.positions, multiple, scatter=False))
         if (mlp := _last_mlp(model)) is not None:
-            hooks.enter_context(_only_at(mlp, batch.positions, scatter=True))
+            hooks.enter_context(_only_at(mlp, batch.positions, multiple, scatter=True))
         yield
 
 
@@ -362,14 +365,14 @@ def _last_mlp(model: Any) -> nn.Module | None:
 
 
 @contextmanager
-def _only_at(module: nn.Module, positions: Tensor, *, scatter: bool) -> Iterator[None]:
+def _only_at(module: nn.Module, positions: Tensor, multiple: int, *, scatter: bool) -> Iterator[None]:
     """Within, a module that works position by position sees only some positions of (rows, length, width).
 
-    Its output is (1, positions, width'), up to :data:`MULTIPLE` - 1 more at the end; or, scattered, as wide as its
+    Its output is (1, positions, width'), with up to ``multiple`` - 1 more at the end; or, scattered, as wide as its
     input was, and zero elsewhere.
     """
     shape: list[int] = []
-    seen = repeated(positions)
+    seen = repeated(positions, multiple)
 
     def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden: Tensor = arguments[0]
@@ -390,9 +393,9 @@ def _only_at(module: nn.Module, positions: Tensor, *, scatter: bool) -> Iterator
             handle.remove()
 
 
-def repeated(indices: Tensor) -> Tensor:
-    """Indices, (count,), and the last one again until there are a multiple of :data:`MULTIPLE`."""
-    return torch.cat([indices, indices[-1:].expand(rounded_up(len(indices)) - len(indices))])
+def repeated(indices: Tensor, multiple: int = MULTIPLE) -> Tensor:
+    """Indices, (count,), and the last one again until there are a multiple of so many."""
+    return torch.cat([indices, indices[-1:].expand(-len(indices) % multiple)])
 
 
 def scattered(values: Tensor, positions: Tensor, rows: int, length: int) -> Tensor:

@@ -72,8 +72,8 @@ class Sketch:
         return self.product.shape[1]
 
     def to(self, device: torch.device) -> "Sketch":
-        """The sketch on another device."""
-        return Sketch(self.product.to(device), self.trace)
+        """The sketch on another device; on the same one itself, with the eigenpairs that it knows."""
+        return self if device == self.product.device else Sketch(self.product.to(device), self.trace)
 
     @cached_property
     def eigenpairs(self) -> Eigenpairs:

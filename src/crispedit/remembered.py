@@ -58,19 +58,19 @@ class Remembered:
         """Runs all batches, and keeps how they end, or their logits."""
         self.ended, self._first = ended, [0]  # where each batch begins in what is kept, and the last one ends
         for number, chosen in enumerate(self.batches):
-            logits, hidden = self._run(chosen)
-            kept = hidden if ended else logits
+            states, hidden = self._run(chosen)
+            kept = hidden if ended else torch.cat([states.head(states.states[piece]) for piece in states.pieces()])
             if number == 0:
                 targets = sum(self.logits.rows[index].num_targets for batch in self.batches for index in batch)
                 (self._kept,), _ = room(targets, [(kept.shape[-1], kept.dtype)], kept.device)
             self._first.append(self._first[-1] + len(kept))
             self._kept[self._first[-2] : self._first[-1]] = kept
-            if ended and not _alike(self(number), logits, tolerance(logits.dtype, 1)):
+            if ended and not _alike(self.states(number), states, tolerance(hidden.dtype, 1)):
                 raise _Unfit("more than hidden states leads from the last block to logits")
             progress("remembering", number + 1, len(self.batches))
 
-    def _run(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits of a batch, and what its last block gave where they are predicted, (positions, width)."""
+    def _run(self, chosen: Sequence[int]) -> tuple[HiddenStates, Tensor]:
+        """What a batch's logits are made of, and what the last block gave where they are predicted, (positions, …)."""
         found: list[Tensor] = []
 
         def ended(_: nn.Module, __: Any, output: Any) -> None:
@@ -80,11 +80,11 @@ class Remembered:
 
         handle = self._blocks[-1].register_forward_hook(ended)
         try:
-            logits = self.logits(chosen)[0]
+            states = self.logits.states(chosen)[0]
         finally:
             handle.remove()
         positions = self.logits.batch(chosen).positions
-        return logits, found[0].flatten(0, 1).index_select(0, positions.to(found[0].device))
+        return states, found[0].flatten(0, 1).index_select(0, positions.to(found[0].device))
 
     def __call__(self, number: int) -> Tensor:
         """Logits of a batch as they were.
@@ -141,6 +141,9 @@ class _Unfit(CrispEditError):
     """A model does not go from its last block to its logits as is supposed."""
 
 
-def _alike(one: Tensor, other: Tensor, bound: float) -> bool:
+def _alike(one: HiddenStates, other: HiddenStates, bound: float) -> bool:
     """Whether logits are the same but for rounding, relative in Frobenius norm."""
-    return float((one.float() - other.float()).norm()) <= bound * float(other.float().norm())
+    return all(
+        float((one.logits(piece) - other.logits(piece)).norm()) <= bound * float(other.logits(piece).norm())
+        for piece in other.pieces()
+    )

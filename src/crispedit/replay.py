@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import distributed, ranks
 from .errors import CrispEditError
 from .forward import (
+    MULTIPLE,
     RowBatch,
     batch_size,
     collate,
@@ -45,7 +46,7 @@ Start = Literal["matrix", "block", "targets", "whole"]
 """Where a step sets out: at the input of the first edited matrix, of its block, or at the embedding, with logits at
 target positions or everywhere."""
 STARTS: tuple[Start, ...] = ("matrix", "block", "targets", "whole")
-CHECK_ROWS = 8
+CHECK_ROWS, CHECK_TOKENS = 8, 1024
 CHECK_MOVE = 0.05
 """Weights are moved by so much of their norm before a replay is compared with the whole model."""
 RECORD_TOKENS = 4096
@@ -144,13 +145,15 @@ class RowLogits:
 
     def of_model(self, batch: RowBatch) -> Tensor:
         """Logits (targets, vocabulary) of a batch, from the embedding on."""
-        return (whole_logits if self.start == "whole" else target_logits)(self.model, batch)
+        if self.start == "whole":
+            return whole_logits(self.model, batch)
+        return target_logits(self.model, batch, multiple=MULTIPLE)
 
     def states_of_model(self, batch: RowBatch) -> HiddenStates:
         """What these are made of, (targets, width)."""
         if self.start == "whole":
             return HiddenStates.of_logits(whole_logits(self.model, batch))
-        return target_states(self.model, batch)
+        return target_states(self.model, batch, multiple=MULTIPLE)
 
     def by_row(
         self, chosen: Sequence[int], batch_tokens: int, of: Callable[[Tensor, Tensor], Tensor]
@@ -274,11 +277,16 @@ def _moved(matrices: Sequence[EditMatrix]) -> Iterator[None]:
             matrix.weight.copy_(original)
 
 
+def checked_rows(lengths: Sequence[int]) -> int:
+    """How many rows of such lengths a replay is held against the whole model on: of long ones fewer, two at least."""
+    return min(len(lengths), CHECK_ROWS, max(2, CHECK_TOKENS // max(lengths)))
+
+
 @torch.no_grad()
 def _truth(model: Any, matrices: Sequence[EditMatrix], rows: Sequence[EditRow]) -> dict[int, Tensor]:
     """The whole model's logits of a few rows, from the shortest to the longest, with weights that were moved."""
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    count = min(len(rows), CHECK_ROWS)
+    count = checked_rows([len(row.ids) for row in rows])
     some = [by_length[number * (len(rows) - 1) // max(count - 1, 1)] for number in range(count)]
     with _moved(matrices):
         logits = whole_logits(model, _collated(model, [rows[index] for index in some]))
@@ -512,12 +520,14 @@ def calling(module: nn.Module, function: Any) -> Iterator[None]:
 
 @contextmanager
 def passed_by(block: nn.Module, function: Any) -> Iterator[None]:
-    """Within, a block's forward is a function that needs none of its weights, and none of its hooks is called.
+    """Within, a block's forward is a function that needs none of its weights.
 
-    FSDP's would put the block together first, which moves all of it to every process.
+    Of a model that is divided among processes no hook of the block is called either: FSDP's would put it together
+    first, which moves all of it to every process.
     """
     kept = block._forward_pre_hooks, block._forward_hooks
-    block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
+    if ranks.in_step():
+        block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
     try:
         with calling(block, function):
             yield

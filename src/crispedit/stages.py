@@ -42,7 +42,7 @@ from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
 from .pieces import tokens_at_once
-from .replay import CHECK_ROWS, recorded_together
+from .replay import checked_rows, recorded_together
 from .room import MEMORY_SHARE
 from .rows import EditRow
 from .speed import Speed
@@ -114,8 +114,8 @@ class Planner:
             for matrix in self.matrices
         ]
         self.factors = factor_bytes(self.shapes, settings.kind)
-        # those of a divided model wait in main memory
-        self.resident = self.factors if work.on_cpu or not work.processes.shard else 0
+        # those of a divided model, and those that were read from a file, wait in main memory
+        self.resident = self.factors if work.on_cpu or not (work.processes.shard or work.known) else 0
         self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
         self.processes = work.processes
         by_size = self.processes.owned(self.choices, [d_out * d_in for d_out, d_in in self.shapes])
@@ -278,7 +278,7 @@ class Planner:
             activations += self.above * 2 * sum(p.numel() for p in decoder_blocks(work.model)[1][-1].parameters())
         # of a recorded batch what goes through a block; of the rows that are checked all logits
         recording = max(s.computed for s in work.recording()) * self.blocks[0].kept_bytes(self.settings.dtype)
-        checked = CHECK_ROWS * max(len(row.ids) for row in work.rows) * 2 * logit
+        checked = self._checked_bytes([len(row.ids) for row in work.rows])
         metering = self._metering() if self.settings.method.budget else None
         transient = max(activations, recording, checked, metering.working_bytes if metering else 0)
         num_bytes = self.begun - self._trained(1) + looping + (0 if self.mapped else self.recorded)
@@ -297,7 +297,7 @@ class Planner:
             recorded = (below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
             seconds = sum(recorded, 0.0)
             # a few rows by the whole model, and again packed: what a replay is held against
-            shown = spread(work.rows, CHECK_ROWS)
+            shown = spread(work.rows, checked_rows([len(row.ids) for row in work.rows]))
             targets = sum(row.num_targets for row in shown)
             seconds += 2 * self._pass_seconds([len(row.ids) for row in shown], logits=targets)
             seconds += self.steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
@@ -332,9 +332,9 @@ class Planner:
             remembered += sum(size.labels for size in sizes)
             head, given = head_flops(work.model), sum(rounded_up(size.positions) for size in sizes)
             blocks = step_flops(work.model, self.matrices, sizes, replay=True).forward - head * given
-            # remembered with all logits, twice; then measured by pieces, both at two positions more (pieces.py)
-            flops += blocks + 2 * head * given
-            flops += times * (blocks + 2 * head * sum(size.labels + 2 for size in sizes))
+            # the head by pieces, at two positions more of each (pieces.py); when they are remembered three times
+            logits = head * sum(size.labels for size in sizes)
+            flops += (1 + times) * (blocks + 2 * (logits + 2 * head * len(sizes))) + logits
             seconds += (1 + times) * sum(map(self._metered_seconds, sizes))
         width = int(text_config(work.model).hidden_size)
         kept = recorded_bytes(work.model, self.matrices, sum(s.tokens for s in recorded), self.settings.dtype)
@@ -342,10 +342,14 @@ class Planner:
         largest = max((batch_size(group, None).computed for group in [*whole, *sample]), default=0)
         return _Metering(
             kept_bytes=0 if kept > MEMORY_SHARE * max(0, self.memory - self.begun) else kept,
-            working_bytes=LOGIT_COPIES * self._logit_bytes(largest),
+            working_bytes=max(LOGIT_COPIES * self._logit_bytes(largest), self._checked_bytes(every) if every else 0),
             flops=flops,
             seconds=seconds,
         )
+
+    def _checked_bytes(self, lengths: Sequence[int]) -> int:
+        """Of the logits of rows that a replay is held against, all of them, and those at their targets."""
+        return checked_rows(lengths) * max(lengths) * 2 * 4 * vocabulary(self.work.model)
 
     def _needed_flops(self) -> int:
         """Of a gradient over some rows, which says what the edits need (:func:`crispedit.budget.linear_drift`)."""
@@ -373,8 +377,9 @@ class Planner:
         d_out, d_in = self.shapes[0]
         # in float32: the first matrix times its recorded inputs, and the gradients of all
         products = self._rule_flops(size.computed) + 2 * d_out * d_in * size.tokens + 2 * self.entries * size.computed
-        moved = 6 * 4 * self.entries / self.speed.copied  # mask, coordinates, sum and copy
-        return blocks + heads + logits + products / self.speed.float32 + self.entries * self.speed.adam + moved
+        own = sum(choice.entries for choice in self.own)
+        moved = 6 * 4 * own / self.speed.copied  # mask, coordinates, sum and copy
+        return blocks + heads + logits + products / self.speed.float32 + own * self.speed.adam + moved
 
     def _proof(self) -> Stage:
         """Answers before, after, and after rounding if there was any; losses before and after; drift on held-out texts.

@@ -516,6 +516,7 @@ def rule_elsewhere(
     """
     if update == "auto":
         update = chosen_update(subspace, rotation)
+    check_update(update, subspace)
     turned = update == "leading" or (update == "priced" and subspace.threshold.cross is not None)
     return Elsewhere(matrix, _leading_frame(subspace.to(matrix.parameter.device), rotation) if turned else None)
 

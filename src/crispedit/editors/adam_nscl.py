@@ -83,11 +83,13 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     assert problem.curvature is not None
     rules: list[UpdateRule] = []
     for matrix, own in zip(problem.matrices, owned(problem.matrices), strict=True):
-        device = matrix.parameter.device
+        device, published = matrix.parameter.device, config.variant == "published"
+        # asked for by all processes, which solve them together
+        spectrum = problem.curvature.spectrum(matrix.name)
         if not own:
             rules.append(Elsewhere(matrix))
-        elif config.variant == "published":
-            rules.append(_SmallestOutputsLeftOut(problem.curvature.spectrum(matrix.name), config.energy, device))
+        elif published:
+            rules.append(_SmallestOutputsLeftOut(spectrum, config.energy, device))
         else:
             subspace = problem.curvature.subspace(matrix.name, config.energy, "inputs")
             rules.append(update_rule("update-projected", subspace.to(device)))

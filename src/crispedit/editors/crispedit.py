@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from .. import distributed
 from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted, linear_drift
 from ..curvature import Constraint, Curvature
 from ..drift_meter import DriftMeter
@@ -173,7 +174,8 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
     meter = DriftMeter(problem.model, problem.matrices, problem.held_out, problem.progress)
     with rotated(problem.matrices, [rule.frame for rule in rules]):
         linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
-    most = budget.nats(meter.measure()[1], linear)
+    loss_base = meter.measure()[1]
+    most = distributed.from_main(lambda: budget.nats(loss_base, linear))  # the same bits decide everywhere
     ratio, largest = RATIO, [rule.parameter for rule in rules]
     for halvings in range(config.frontier):
         nats = most / 2**halvings
