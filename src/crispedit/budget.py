@@ -51,7 +51,7 @@ LEARN = 2.0
 """That ratio changes at most by this factor from epoch to epoch."""
 WITHIN = 0.99
 """The share of the budget that is kept when too much was spent and is taken back."""
-DEFAULT, MOST = 0.02, 0.08
+DEFAULT, MOST = 0.02, 0.06
 """What ``auto`` stands for, shares of the base model's loss on the texts: the first, or what the edits need if that is
 more, but never more than the second; see docs/decisions.md."""
 TRIES = 12
@@ -97,7 +97,7 @@ class Budget:
         if not 0 < value < math.inf:
             raise ConfigError(
                 f"budget is '{given}'; it must be nats per token above 0, such as 0.01, or a share of the base "
-                "model's loss, such as 1%; auto is 2% or what the edits need, at most 8%"
+                "model's loss, such as 1%; auto is 2% or what the edits need, at most 6%"
             )
         return cls(share=value / 100) if text.endswith("%") else cls(amount=value)
 

@@ -206,10 +206,14 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median of some runs after a first one that warms up."""
+    """The median of some runs after a first one that warms up: of three at least, unless they take too long."""
     times: list[float] = []
     started = time.perf_counter()
-    while len(times) < 4 or (time.perf_counter() - started < BUDGET / 4 and len(times) < 20):
+
+    def within(share: float) -> bool:
+        return time.perf_counter() - started < share * BUDGET
+
+    while len(times) < 2 or (len(times) < 4 and within(4)) or (len(times) < 20 and within(1 / 4)):
         before = time.perf_counter()
         run()
         if device.type == "cuda":

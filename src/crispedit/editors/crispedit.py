@@ -101,7 +101,7 @@ class Config(SubspaceConfig):
 
     Args:
         budget: The most drift on the held-out texts, in nats per token or as a percentage of the base model's loss on
-            them (``1%``; ``auto`` is 2%, or what the edits need, at most 8%), in place of ``energy``; see
+            them (``1%``; ``auto`` is 2%, or what the edits need, at most 6%), in place of ``energy``; see
             :mod:`crispedit.budget`.
         frontier: How many budgets are edited within, one after the other, from ``budget`` down, each half of the one
             before; what was learned there is where the next begins. What is kept is the first.
