@@ -90,7 +90,7 @@ class DriftMeter:
     def _measure(self, batches: Sequence[int]) -> tuple[float, float]:
         def sums(number: int) -> Tensor:
             edited, labels = self._logits.states(self._batches[number])
-            base = self._base.states(self._place[number])
+            base = self._base(self._place[number])
             # the same pieces of both: their products are the same where nothing has changed
             parts = [of_tokens(base.logits(p), edited.logits(p), labels[p]).sum(1) for p in edited.pieces()]
             return torch.stack(parts).sum(0)

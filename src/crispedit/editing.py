@@ -378,8 +378,8 @@ def _run(
 def _settle(matrices: Sequence[EditMatrix]) -> None:
     """Gives all processes the matrices of the main one, bit for bit.
 
-    Gradient editors have made the same steps of the same sums, the others have done the same work everywhere: where the
-    processes run on different hardware, the results may still differ by rounding.
+    Editors that train matrices have them from their owners; other editors have done the same work everywhere, and where
+    the processes run on different hardware the results may still differ by rounding.
 
     Raises:
         EditFailed: They differ by more.

@@ -4,9 +4,8 @@ Kept is the output of the last block where something is predicted. Of a token th
 is wide; its logits would take as many as there are words.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ class Remembered:
                 (self._kept,), _ = room(targets, [(kept.shape[-1], kept.dtype)], kept.device)
             self._first.append(self._first[-1] + len(kept))
             self._kept[self._first[-2] : self._first[-1]] = kept
-            if ended and not _alike(self.states(number), states, tolerance(hidden.dtype, 1)):
+            if ended and not _alike(self(number), states, tolerance(hidden.dtype, 1)):
                 raise _Unfit("more than hidden states leads from the last block to logits")
             progress("remembering", number + 1, len(self.batches))
 
@@ -86,45 +85,24 @@ class Remembered:
         positions = self.logits.batch(chosen).positions
         return states, found[0].flatten(0, 1).index_select(0, positions.to(found[0].device))
 
-    def __call__(self, number: int) -> Tensor:
-        """Logits of a batch as they were.
+    def __call__(self, number: int) -> HiddenStates:
+        """What the logits of a batch were made of.
 
         Args:
             number: Of the batch.
 
         Returns:
-            (targets, vocabulary).
+            (targets, width).
         """
+        kept = self._kept[self._first[number] : self._first[number + 1]]
         if not self.ended:
-            return self._kept_of(number)
+            return HiddenStates.of_logits(kept)
         batch = self.logits.batch(self.batches[number])
-        with self._ended_so(batch, self._kept_of(number)):
-            return self.logits.of_model(batch)
-
-    def states(self, number: int) -> HiddenStates:
-        """What the same logits are made of, (targets, width).
-
-        Args:
-            number: Of the batch.
-        """
-        if not self.ended:
-            return HiddenStates.of_logits(self._kept_of(number))
-        batch = self.logits.batch(self.batches[number])
-        with self._ended_so(batch, self._kept_of(number)):
-            return self.logits.states_of_model(batch)
-
-    def _kept_of(self, number: int) -> Tensor:
-        return self._kept[self._first[number] : self._first[number + 1]]
-
-    @contextmanager
-    def _ended_so(self, batch: RowBatch, kept: Tensor) -> Iterator[None]:
-        """Within, the model's blocks end in what is kept of a batch."""
         with ExitStack() as patches:
             for block in self._blocks[:-1]:
                 patches.enter_context(passed_by(block, self._nothing))
-            ending = partial(self._ending, batch, kept)
-            patches.enter_context(passed_by(self._blocks[-1], lambda *_, **__: self._output(ending())))
-            yield
+            patches.enter_context(passed_by(self._blocks[-1], lambda *_, **__: self._output(self._ending(batch, kept))))
+            return self.logits.states_of_model(batch)
 
     def _ending(self, batch: RowBatch, kept: Tensor) -> Tensor:
         device = next(self._blocks[-1].parameters()).device

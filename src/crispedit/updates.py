@@ -107,8 +107,6 @@ class Elsewhere(_Rule):
         frame: The bases.
     """
 
-    damping = 0.0
-
     def __init__(self, matrix: EditMatrix, frame: Frame | None = None) -> None:
         self.frame = frame
         self.parameter = self.metric = torch.zeros(0, device=matrix.parameter.device)

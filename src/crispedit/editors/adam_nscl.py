@@ -83,12 +83,12 @@ def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
     assert problem.curvature is not None
     rules: list[UpdateRule] = []
     for matrix, own in zip(problem.matrices, owned(problem.matrices), strict=True):
-        device, published = matrix.parameter.device, config.variant == "published"
+        device = matrix.parameter.device
         # asked for by all processes, which solve them together
         spectrum = problem.curvature.spectrum(matrix.name)
         if not own:
             rules.append(Elsewhere(matrix))
-        elif published:
+        elif config.variant == "published":
             rules.append(_SmallestOutputsLeftOut(spectrum, config.energy, device))
         else:
             subspace = problem.curvature.subspace(matrix.name, config.energy, "inputs")
