@@ -119,13 +119,14 @@ class Planner:
         self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
         self.processes = work.processes
         by_size = self.processes.owned(self.choices, [d_out * d_in for d_out, d_in in self.shapes])
-        self.own: Sequence[Choice] = max(by_size, key=lambda own: sum(choice.entries for choice in own))
+        self.own: Sequence[Choice] = max(by_size, key=_entries)
+        self.own_entries = _entries(self.own)
         self.held = work.base_bytes + self.processes.weight_bytes(work.model, self.matrices, settings.dtype)
         self.held += self.processes.gathered_bytes(work.model, self.matrices, settings.dtype)
         recorded = sum(size.tokens for size in work.recording())
         self.recorded = recorded_bytes(work.model, self.matrices, recorded, settings.dtype)
         # what stands when there is something to record: beside what is held, the parameters of the rules
-        self.begun = self.held + self.resident + self.spectra + self._edited + self._trained(1)
+        self.begun = self.held + self.resident + self.spectra + self._edited + self._rules + 4 * self.own_entries
         self.mapped = settings.mapped or self.recorded > MEMORY_SHARE * max(0, memory - self.begun)
         self.batch = rows_per_step(len(work.rows), settings.batch_size)
         self.sizes = work.steps(self.processes.part(self.batch))
@@ -259,17 +260,18 @@ class Planner:
         """Bytes that the edited matrices take beside the model's: originals, and float32 in place of a lower dtype."""
         return 4 * self.entries
 
-    def _trained(self, times: int) -> int:
-        """Bytes of the rules, and of so many float32 numbers for every entry that a process trains."""
+    @property
+    def _rules(self) -> int:
+        """Bytes of the bases in which all matrices are seen, and of the rules that a process trains by."""
         frames = sum(choice.frame_bytes for choice in self.choices)
-        return frames + sum(choice.rule_bytes + 4 * times * choice.entries for choice in self.own)
+        return frames + sum(choice.rule_bytes for choice in self.own)
 
     def _edit(self) -> Stage:
         """The loop: what came before the first matrix, recorded by every process; steps; within a budget, drift."""
         work, logit = self.work, 4 * vocabulary(self.work.model)
-        # gradients of W; and of what this process trains the parameter and its gradient, W without what that stands
+        # gradients of W; and of what this process trains the parameter's gradient, W without what the parameter stands
         # for, Adam's two moments, or, within a budget, a momentum and what is divided by the metric
-        looping = 4 * self.entries + self._trained(5) + 4 * 3 * max(d_out * d_in for d_out, d_in in self.shapes)
+        looping = 4 * (self.entries + 4 * self.own_entries + 3 * max(d_out * d_in for d_out, d_in in self.shapes))
         dtype = torch.bfloat16 if work.mixed else self.settings.dtype
         activations = max(
             self._kept(s.computed, self.above, dtype) + s.labels * LOGIT_COPIES * logit for s in self.sizes
@@ -281,7 +283,7 @@ class Planner:
         checked = self._checked_bytes([len(row.ids) for row in work.rows])
         metering = self._metering() if self.settings.method.budget else None
         transient = max(activations, recording, checked, metering.working_bytes if metering else 0)
-        num_bytes = self.begun - self._trained(1) + looping + (0 if self.mapped else self.recorded)
+        num_bytes = self.begun + looping + (0 if self.mapped else self.recorded)
         num_bytes += metering.kept_bytes if metering else 0
         alike_everywhere = recording_flops(work.model, self.matrices, work.recording())
         if self.settings.method.budget:
@@ -377,9 +379,8 @@ class Planner:
         d_out, d_in = self.shapes[0]
         # in float32: the first matrix times its recorded inputs, and the gradients of all
         products = self._rule_flops(size.computed) + 2 * d_out * d_in * size.tokens + 2 * self.entries * size.computed
-        own = sum(choice.entries for choice in self.own)
-        moved = 6 * 4 * own / self.speed.copied  # mask, coordinates, sum and copy
-        return blocks + heads + logits + products / self.speed.float32 + own * self.speed.adam + moved
+        moved = 6 * 4 * self.own_entries / self.speed.copied  # mask, coordinates, sum and copy
+        return blocks + heads + logits + products / self.speed.float32 + self.own_entries * self.speed.adam + moved
 
     def _proof(self) -> Stage:
         """Answers before, after, and after rounding if there was any; losses before and after; drift on held-out texts.
@@ -536,6 +537,11 @@ class _Metering:
     working_bytes: int
     flops: int
     seconds: float
+
+
+def _entries(choices: Sequence[Choice]) -> int:
+    """Of matrices together."""
+    return sum(choice.entries for choice in choices)
 
 
 def _described_flops(cubes_and_products: tuple[int, int]) -> int:
