@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from crispedit.bundled import corpus
-from crispedit.curvature import Curvature, merge
+from crispedit.curvature import Curvature
 from crispedit.description import held
 from crispedit.factors import Factors, estimate_factors
+from crispedit.merging import merge
 from crispedit.models import edit_matrices, load_model
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace, cross_overlap

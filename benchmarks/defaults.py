@@ -71,7 +71,7 @@ def curvature_of(case: dict[str, Any], loaded: LoadedModel, kept: dict[Any, Curv
     key = (layers, case["texts"], *options.values())
     if key not in kept:
         kept[key] = Curvature.estimate(loaded.model, loaded.tokenizer, texts, layers=layers, **options)
-    if case["settings"].get("constraint") == "ekfac" and not kept[key].second_moments:
+    if case["settings"].get("constraint") == "ekfac" and not kept[key].spectra.second_moments:
         kept[key].measure_second_moments(loaded.model, loaded.tokenizer, texts.fit)
     return kept[key]
 

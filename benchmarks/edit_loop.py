@@ -53,10 +53,11 @@ from crispedit.models import EditMatrix, edit_matrices, frozen
 from crispedit.precision import float32_masters
 from crispedit.rotation import rotated
 from crispedit.rows import EditRow
+from crispedit.rule_choice import update_rule
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.training import fine_tune
-from crispedit.updates import Unconstrained, UpdateRule, leading_counts, update_rule
+from crispedit.updates import Unconstrained, UpdateRule, leading_counts
 
 SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "176m": (

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crispedit.rule_choice import step_flops, update_rule
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Form, Subspace
-from crispedit.updates import Unconstrained, Update, UpdateRule, step_flops, update_rule
+from crispedit.updates import Unconstrained, Update, UpdateRule
 
 CASES: tuple[tuple[Update, Form], ...] = (
     ("coordinates", "pivot"),

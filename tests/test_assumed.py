@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from crispedit.assumed import choose, exponent, falling
+from crispedit.rule_choice import chosen_update
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
-from crispedit.updates import LeadingCoordinates, chosen_update
+from crispedit.updates import LeadingCoordinates
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.8, 0.9])

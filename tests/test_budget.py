@@ -9,7 +9,7 @@ import torch
 
 from builders import curvature_of
 from crispedit import budget as budget_module
-from crispedit import cli, jobs, updates
+from crispedit import cli, jobs, rule_choice
 from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, STEPS, Budget, Budgeted, linear_drift
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
@@ -21,11 +21,11 @@ from crispedit.factors import Factors
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import edit_matrices, frozen, load_model
 from crispedit.natural import NaturalDescent
+from crispedit.priced import PricedCoordinates, PricedLeading
 from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.texts import text_batches
-from crispedit.updates import PricedCoordinates, PricedLeading
 from reference import random_factor, random_rows, relative, tiny_llama
 
 D_OUT, D_IN = 10, 14
@@ -437,7 +437,7 @@ def test_the_certificate_is_measured(given):
 
 def test_drift_is_measured_in_turned_bases_too(given, monkeypatch):
     """As for wide matrices: they are trained, and measured, in bases of their leading directions."""
-    monkeypatch.setattr(updates, "AFFORDABLE", 0.1)
+    monkeypatch.setattr(rule_choice, "AFFORDABLE", 0.1)
     assert given[1].subspace("model.layers.3.mlp.down_proj.weight", 0.9).threshold.cross is not None
     certificate = edited(given, 0.002).metrics["budget"]
     assert certificate["met"]

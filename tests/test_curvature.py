@@ -11,10 +11,12 @@ import torch
 
 from builders import WordTokenizer, curvature_of, long_texts
 from crispedit import description, eigen
-from crispedit.curvature import MANIFEST, TENSORS, Curvature, merge
+from crispedit.curvature import Curvature
+from crispedit.curvature_file import MANIFEST, TENSORS
 from crispedit.description import ENERGY, describe
 from crispedit.errors import ArtifactError, ConfigError, ModelError
 from crispedit.factors import Factors, estimate_factors, merge_factors
+from crispedit.merging import merge
 from crispedit.models import edit_matrices, fingerprint, tokenizer_hash
 from crispedit.moments import Sketch, captured
 from crispedit.spectrum import Spectrum
@@ -419,7 +421,7 @@ def test_of_wide_matrices_auto_protects_a_cross_of_leading_eigenvectors(curvatur
     """Wide is where coordinates cost too much: crispedit.updates, by counting."""
     name = next(iter(curvature.factors))
     assert curvature.subspace(name, 0.5).form != "cross"
-    monkeypatch.setattr("crispedit.updates.TOKENS", 1)
+    monkeypatch.setattr("crispedit.rule_choice.TOKENS", 1)
     assert curvature.subspace(name, 0.5).form == "cross"
     assert curvature.subspace(name, 0.5, "staircase").form != "cross"
 
@@ -453,14 +455,14 @@ def test_eigenproblems_are_solved_where_the_matrices_are(curvature, monkeypatch)
         return factors
 
     monkeypatch.setattr(Factors, "to", moved)
-    curvature.solve_near(matrices)
-    assert curvature.solved_on == {}
+    curvature.spectra.solve_near(matrices)
+    assert curvature.spectra.places == {}
     on_gpu = [SimpleNamespace(name=matrices[0].name, parameter=SimpleNamespace(device=torch.device("cuda:1")))]
-    curvature.solve_near(on_gpu)
+    curvature.spectra.solve_near(on_gpu)
     for matrix in matrices:
         curvature.spectrum(matrix.name)
     assert asked == [torch.device("cuda:1"), torch.device("cpu")]
-    assert merge([curvature]).solved_on == curvature.solved_on
+    assert merge([curvature]).spectra.places == curvature.spectra.places
 
 
 def test_where_a_gpu_has_no_room_the_curvature_is_diagonalised_in_main_memory(curvature, monkeypatch, caplog):
@@ -468,7 +470,7 @@ def test_where_a_gpu_has_no_room_the_curvature_is_diagonalised_in_main_memory(cu
     (name, _) = curvature.factors
     monkeypatch.setattr(Factors, "to", lambda factors, device: (factors, device)[0])
     monkeypatch.setattr(Spectrum, "to", lambda spectrum, device: spectrum)
-    curvature.solved_on[name] = torch.device("cuda:0")
+    curvature.spectra.places[name] = torch.device("cuda:0")
     expected, attempts = Spectrum.of(*curvature.factors[name].dense), []
 
     def of(A, G):

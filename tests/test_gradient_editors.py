@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builders import curvature_of
-from crispedit.curvature import Curvature, merge
+from crispedit.curvature import Curvature
 from crispedit.editing import edit
 from crispedit.editors import configured, find_editor
 from crispedit.editors.base import EditProblem
@@ -15,6 +15,7 @@ from crispedit.edits import edits_from_rows
 from crispedit.errors import ConfigError
 from crispedit.factors import Factors, estimate_factors
 from crispedit.history import with_history
+from crispedit.merging import merge
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
 from crispedit.progress import no_progress

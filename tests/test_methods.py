@@ -8,9 +8,10 @@ from crispedit.errors import ConfigError
 from crispedit.methods import METHODS, compare_methods, parse_devices
 from crispedit.natural import NaturalDescent
 from crispedit.planning import plan_edit
+from crispedit.priced import priced_rule
+from crispedit.rule_choice import step_flops
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
-from crispedit.updates import priced_rule, step_flops
 from test_planning import GB, SETTINGS, WORK
 
 WIDE, NARROW = (128, 1024), (48, 96)

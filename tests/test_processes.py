@@ -19,6 +19,7 @@ from crispedit.errors import ConfigError
 from crispedit.forward import batch_size
 from crispedit.models import edit_matrices
 from crispedit.planning import plan_edit
+from crispedit.priced import PricedCoordinates
 from crispedit.processes import ALONE, Processes
 from crispedit.replay import row_logits
 from crispedit.rows import EditRow
@@ -26,7 +27,6 @@ from crispedit.spectrum import Spectrum
 from crispedit.stages import Planner
 from crispedit.subspace import Subspace
 from crispedit.texts import row_batches
-from crispedit.updates import PricedCoordinates
 from crispedit.workload import Settings
 from families import tiny_model
 from reference import random_factor

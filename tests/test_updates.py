@@ -8,23 +8,25 @@ import torch
 from crispedit.eigen import full_eigenpairs
 from crispedit.errors import ConfigError
 from crispedit.moments import Sketch
+from crispedit.rule_choice import (
+    AFFORDABLE,
+    TOKENS,
+    chosen_update,
+    coordinates_cost_little,
+    step_flops,
+    update_rule,
+)
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.threshold import cross_threshold, energy_threshold
 from crispedit.updates import (
-    AFFORDABLE,
-    TOKENS,
     Coordinates,
     Filter,
     LeadingCoordinates,
     Projected,
     ProjectedGradient,
     Update,
-    chosen_update,
-    coordinates_cost_little,
     leading_counts,
-    step_flops,
-    update_rule,
 )
 from reference import project_by_equation_6, random_factor, relative
 

@@ -49,6 +49,7 @@ from crispedit.edits import edits_from_rows
 from crispedit.factors import estimate_factors, estimate_second_moments
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
+from crispedit.priced import PricedCoordinates
 from crispedit.replay import row_logits
 from crispedit.rotation import rotated
 from crispedit.rows import EditRow
@@ -57,7 +58,7 @@ from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.texts import pad, row_batches, text_batches
 from crispedit.training import RuledMatrices, fine_tune, train
-from crispedit.updates import Coordinates, LeadingCoordinates, PricedCoordinates, Projected, Unconstrained
+from crispedit.updates import Coordinates, LeadingCoordinates, Projected, Unconstrained
 from reference import random_rows, tiny_gpt2, tiny_llama
 
 Found = tuple[dict[str, Any], dict[str, Tensor]]

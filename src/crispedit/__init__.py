@@ -16,11 +16,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint import load_edited as load_model
-    from .curvature import Curvature, merge
+    from .curvature import Curvature
     from .editing import EditResult, edit
     from .edits import Edit, EditSet, Locality, load_edits
     from .errors import CrispEditError, EditFailed, InputError
     from .evaluation import evaluate
+    from .merging import merge
     from .subspace import Subspace
     from .texts import load_texts
 
@@ -36,7 +37,7 @@ _WHERE = {
     "load_edits": "edits",
     "load_model": "checkpoint:load_edited",
     "load_texts": "texts",
-    "merge": "curvature",
+    "merge": "merging",
     "CrispEditError": "errors",
     "EditFailed": "errors",
     "InputError": "errors",

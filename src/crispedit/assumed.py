@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .costs import EIGH_BYTES, Shape, eigh_flops, nystrom_flops
-from .curvature import default_constraint
 from .description import ENERGY, RANK, TAKEN
 from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
+from .rule_choice import chosen_update, step_flops
+from .spectra import default_constraint
 from .spectrum import Spectrum
 from .subspace import Form, Subspace
 from .threshold import cross_threshold
-from .updates import ROTATION, Update, check_update, chosen_update, leading_counts, step_flops
+from .updates import ROTATION, Update, check_update, leading_counts
 
 SETTLING, COLUMNS = 128, 2.7
 """Vectors of a basis before the first pair is known, and for every pair: measured on spectra like j^-0.8 to j^-1.2 of

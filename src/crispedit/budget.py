@@ -27,9 +27,9 @@ from .errors import ConfigError
 from .models import EditMatrix
 from .natural import NaturalDescent
 from .ownership import sum_of_all
+from .priced import PricedRule
 from .rows import EditRow
 from .training import RuledMatrices, edit_loss
-from .updates import PricedRule
 
 AIM = 0.95
 """The share of the budget that is aimed at: what is measured goes up and down by a few percent from epoch to epoch."""

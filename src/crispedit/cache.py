@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import read_json, write_json
-from .curvature import MANIFEST, Curvature, content_key
+from .curvature import Curvature
+from .curvature_file import MANIFEST, content_key
 from .errors import ArtifactError
 
 

@@ -24,7 +24,7 @@ import torch
 from . import __version__
 from .artifacts import check_writable, read_json, write_json, write_text
 from .capability import Logits, logits_of, logits_with
-from .curvature import read_manifest
+from .curvature_file import read_manifest
 from .editing import EditResult
 from .editors import configured, editor_names
 from .editors.base import EditorConfig

@@ -179,7 +179,7 @@ def step_flops(
         matrices: What is edited, in ascending order of layers.
         batches: Their sizes; in full, every position counts as one where something is predicted.
         replay: Whether what the edit cannot change is replayed.
-        rule_flops: Of the update rules of all matrices and steps together (:func:`crispedit.updates.step_flops`).
+        rule_flops: Of the update rules of all matrices and steps together (:func:`crispedit.rule_choice.step_flops`).
 
     Returns:
         The counts.

@@ -221,7 +221,7 @@ def edit(
     if curvature is not None:
         # of an editor that does without, only the held-out texts are of use
         curvature.check_model(model, matrices if config.needs_curvature() else (), tokenizer)
-        curvature.solve_near(matrices)
+        curvature.spectra.solve_near(matrices)
         provenance |= {"texts": dict(curvature.texts), "curvature": curvature.manifest(with_texts=False)}
     if texts is not None:
         provenance["texts"] = texts.manifest()

@@ -160,7 +160,7 @@ def _check_reports(paths: list[Path], curvature: Path | None) -> None:
     if curvature is not None:
         if not paths:
             raise ConfigError("--curvature is drawn in a report: give --report FILE.html too")
-        from .curvature import read_manifest
+        from .curvature_file import read_manifest
 
         read_manifest(curvature)
     for path in paths:

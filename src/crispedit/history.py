@@ -8,8 +8,9 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from .curvature import Curvature, merge
+from .curvature import Curvature
 from .errors import ConfigError
+from .merging import merge
 from .moments import trace
 
 HistoryWeight = float | Literal["equal-trace"]
@@ -45,7 +46,7 @@ def with_history(
         capabilities: Of the capability texts.
         edits: Of the rows of all earlier rounds; ``None`` before the first.
         weight: See :data:`HistoryWeight`; 0 leaves the rounds out.
-        start: See :func:`crispedit.curvature.merge`.
+        start: See :func:`crispedit.merging.merge`.
 
     Returns:
         The sum, for the model that ``edits`` is for, with the held-out texts of ``capabilities``.

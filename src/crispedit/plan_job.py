@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .assumed import Method
-from .curvature import check_matrices, read_manifest
+from .curvature import check_matrices
+from .curvature_file import read_manifest
 from .editors import configured
 from .editors.crispedit import Config
 from .edits import EditSet, spread

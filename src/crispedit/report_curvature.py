@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from . import cache
-from .curvature import Curvature, read_manifest
+from .curvature import Curvature
+from .curvature_file import read_manifest
 from .description import ENERGY, known_spectrum
 from .errors import ArtifactError, ModelError
 from .plot import NEAR_ZERO, Line, Points, boundary

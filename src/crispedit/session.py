@@ -22,13 +22,14 @@ from .adapter import low_rank, write_adapter
 from .artifacts import read_json, write_json
 from .capability import Drift
 from .checkpoint import RECORD, read_back, write_model
-from .curvature import Curvature, merge
+from .curvature import Curvature
 from .editing import EditResult, edit, origin
 from .editors import configured
 from .edits import Edit, EditSet, Locality, spread
 from .errors import ArtifactError, ConfigError, ModelError
 from .generation import Answer
 from .history import HISTORY_WEIGHT, HistoryWeight, with_history
+from .merging import merge
 from .models import EditMatrix, LoadedModel, context_length, fingerprint, frozen, load_model
 from .patch import Patch, StoredTensors, apply_to
 from .progress import Progress, log, no_progress

@@ -7,8 +7,7 @@ for any optimiser. :class:`ProjectedGradient` does not; it is what the published
 costs, in docs/decisions.md. (CrispEdit, arXiv 2602.15823, Algorithm 1.)
 """
 
-from collections.abc import Callable
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,21 +17,12 @@ from .models import EditMatrix
 from .rotation import Frame, leading_basis
 from .spectrum import Spectrum
 from .subspace import Subspace
-from .threshold import energy_threshold
 
 Update = Literal["coordinates", "leading", "filter", "priced", "projected", "update-projected", "projected-gradient"]
 
-TOKENS = 512
-"""Of a step, where rules are chosen by what they cost."""
-AFFORDABLE = 1.25
-"""A rule may cost so many times what its matrix costs in such a step, forward and back: 6 d_out d_in flops a token.
-An edited matrix is at most a fifth of what a step runs through, so that this is a quarter of the step."""
-PIVOT = 2.2
-"""So many times as long as its flops at the speed of thick products does a projection by a pivot take: measured."""
-PRICE = 0.01
-"""What ``priced`` asks by default: see docs/decisions.md."""
 ROTATION = 0.4
-"""The bases of ``leading`` may cost this, in the same unit: a tenth of the step."""
+"""Turning a token into the bases of ``leading`` may cost this, in parts of the 6 d_out d_in flops that it costs in W:
+a tenth of a step."""
 
 
 class UpdateRule(Protocol):
@@ -71,7 +61,7 @@ class UpdateRule(Protocol):
         """
 
 
-class _Rule:
+class Rule:
     """What most rules have in common."""
 
     frame: Frame | None = None
@@ -80,7 +70,7 @@ class _Rule:
         """Nothing is done after a step."""
 
 
-class Unconstrained(_Rule):
+class Unconstrained(Rule):
     """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
@@ -99,7 +89,7 @@ class Unconstrained(_Rule):
         return mean, square
 
 
-class Elsewhere(_Rule):
+class Elsewhere(Rule):
     """The rule of a matrix that another process trains: the bases that all see it in, and no numbers.
 
     Args:
@@ -132,7 +122,7 @@ class Elsewhere(_Rule):
         return mean, square
 
 
-class Coordinates(_Rule):
+class Coordinates(Rule):
     """W = W₀ + U_G (M ⊙ Z) U_Aᵀ, Adam on Z: its moments live in the Kronecker eigenbasis."""
 
     def __init__(self, subspace: Subspace) -> None:
@@ -149,11 +139,11 @@ class Coordinates(_Rule):
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """Turned into this basis, and masked: Adam goes on moving where a mean is left."""
-        mean, square = _turned(before.subspace.spectrum, self.subspace.spectrum, mean, square)
+        mean, square = turned_moments(before.subspace.spectrum, self.subspace.spectrum, mean, square)
         return self.subspace.mask * mean, square
 
 
-class LeadingCoordinates(_Rule):
+class LeadingCoordinates(Rule):
     """W = W₀ + Q_G (M ⊙ Z) Q_Aᵀ off a cross, Adam on Z: coordinates in bases that begin with the leading eigenvectors.
 
     What they are completed with is whatever is cheap (:mod:`crispedit.completion`): of an eigenvector that is not
@@ -172,7 +162,7 @@ class LeadingCoordinates(_Rule):
         check_update("leading", subspace)
         assert subspace.threshold.cross is not None
         self.rows, self.columns = subspace.threshold.cross
-        self.frame = _leading_frame(subspace, rotation)
+        self.frame = leading_frame(subspace, rotation)
         self.parameter = torch.zeros(subspace.shape, device=subspace.spectrum.input_basis.device)
 
     def gradient(self, weight_gradient: Tensor) -> Tensor:
@@ -187,131 +177,19 @@ class LeadingCoordinates(_Rule):
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """Refused: bases that exist as reflections only cannot be squared entry by entry."""
-        raise _not_carried()
+        raise not_carried()
 
 
-def _leading_frame(subspace: Subspace, rotation: float) -> Frame:
+def leading_frame(subspace: Subspace, rotation: float) -> Frame:
     """The bases that begin with the leading eigenvectors of G and of A."""
     r, c = leading_counts(subspace, rotation)
     inputs, outputs = subspace.spectrum.leading_vectors()
     return Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))
 
 
-def _not_carried() -> ConfigError:
+def not_carried() -> ConfigError:
+    """What rules say in whose bases moments cannot be turned."""
     return ConfigError("optimizer kept does not go with update leading; use fresh, or update coordinates")
-
-
-class _Priced(_Rule):
-    """Coordinates that are all free, and pulled back by what they cost; see :class:`PricedCoordinates`.
-
-    Args:
-        curvatures: λ by coordinate, (d_out, d_in) float32, not negative.
-        threshold: τ, in terms of which prices are.
-        price: s.
-        damping: μ / τ: what every direction costs beside its curvature.
-    """
-
-    def __init__(self, curvatures: Tensor, threshold: float, price: float, damping: float) -> None:
-        self.threshold, self.price, self.damping = threshold, price, damping * threshold
-        self.metric = curvatures.add_(self.damping)
-        self.parameter = torch.zeros_like(curvatures)
-
-    def stepped(self) -> None:
-        """Z ← Z / (1 + s D/τ), D = λ + μ."""
-        if self.price > 0:
-            self.parameter.div_((self.metric * (self.price / self.threshold)).add_(1))
-
-    def cost(self) -> Tensor:
-        """½ Σ D Z², a scalar in float64."""
-        return 0.5 * (self.metric * self.parameter.square()).sum(dtype=torch.float64)
-
-    def predicted(self) -> float:
-        """½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
-        undamped = self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
-        return max(0.0, float(undamped))
-
-
-class PricedCoordinates(_Priced):
-    """W = W₀ + U_G Z U_Aᵀ, Adam on Z, and after every step Z ← Z / (1 + s λ/τ): nothing is left out.
-
-    What follows the step of Adam is a proximal step on s/2 Σ (λ/τ) Z², a multiple of the drift that the curvature
-    predicts: every direction has its price. A mask lets all that is below its threshold τ go for nothing, and what is
-    above it not at all; round after round, what is below adds up.
-
-    Args:
-        subspace: Of the matrix; its spectrum is complete.
-        price: s: a coordinate of curvature τ keeps 1 / (1 + s) of itself in a step.
-        damping: μ / τ.
-    """
-
-    def __init__(self, subspace: Subspace, price: float, damping: float = 0.0) -> None:
-        self.spectrum = spectrum = subspace.spectrum
-        table = subspace.threshold.table
-        curvatures = torch.outer(spectrum.beta, spectrum.alpha).clamp(min=0).float() if table is None else table.float()
-        device = spectrum.input_basis.device
-        super().__init__(curvatures.to(device, copy=True), _positive(subspace.threshold.tau), price, damping)
-
-    def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """U_Gᵀ ∇W U_A."""
-        return self.spectrum.output_basis.T @ weight_gradient @ self.spectrum.input_basis
-
-    def delta(self) -> Tensor:
-        """U_G Z U_Aᵀ."""
-        return self.spectrum.output_basis @ self.parameter @ self.spectrum.input_basis.T
-
-    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Turned into this basis."""
-        return _turned(before.spectrum, self.spectrum, mean, square)
-
-
-class PricedLeading(_Priced):
-    """The same in the bases of :class:`LeadingCoordinates`; what is not known of a spectrum is taken for flat.
-
-    Args:
-        subspace: A cross; the directions that it takes are turned at least.
-        price: s.
-        rotation: What the bases may cost: see :func:`leading_counts`.
-        damping: μ / τ.
-    """
-
-    def __init__(self, subspace: Subspace, price: float, rotation: float = ROTATION, damping: float = 0.0) -> None:
-        self.frame = _leading_frame(subspace, rotation)
-        spectrum = subspace.spectrum
-        (r, c), (d_out, d_in) = leading_counts(subspace, rotation), subspace.shape
-        alpha = _with_mean(spectrum.alpha, spectrum.traces[0], c, d_in)
-        beta = _with_mean(spectrum.beta, spectrum.traces[1], r, d_out)
-        threshold = energy_threshold(alpha, beta, subspace.threshold.captured)
-        device = spectrum.input_basis.device
-        super().__init__(torch.outer(beta, alpha).float().to(device), _positive(threshold.tau), price, damping)
-
-    def gradient(self, weight_gradient: Tensor) -> Tensor:
-        """∇W', W' being W in the bases."""
-        return weight_gradient
-
-    def delta(self) -> Tensor:
-        """Z: the change of W'."""
-        return self.parameter
-
-    def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Refused, as by :class:`LeadingCoordinates`."""
-        raise _not_carried()
-
-
-PricedRule = PricedCoordinates | PricedLeading | Elsewhere
-
-
-def _positive(tau: float | None) -> float:
-    """τ as what prices are in terms of: of no use where nothing or everything is left out."""
-    if tau is None or not 0 < tau < float("inf"):
-        raise ConfigError("update priced needs an energy above 0, which says what its price is of")
-    return tau
-
-
-def _with_mean(values: Tensor, trace: float, count: int, width: int) -> Tensor:
-    """(width,): the first ``count`` eigenvalues, and for the other directions the mean of what is left of the trace."""
-    known = values[:count].clamp(min=0)
-    left = max(0.0, trace - float(known.sum())) / max(1, width - len(known))
-    return torch.cat([known, known.new_full((width - len(known),), left)])
 
 
 def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int, int]:
@@ -338,7 +216,7 @@ def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int,
     return r, max(c, min(known_of_A, int(left / (8 * d_in))))
 
 
-class Filter(_Rule):
+class Filter(Rule):
     """W = W₀ + U_G (F ⊙ Z) U_Aᵀ with F_ij = μ / (λ_ij + μ), μ the threshold τ: a soft mask, Adam on Z.
 
     A step of Adam in Z shrunk by F minimises its linear model plus λ / 2μ times its square: the quadratically
@@ -361,10 +239,10 @@ class Filter(_Rule):
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """Turned into this basis."""
-        return _turned(before.subspace.spectrum, self.subspace.spectrum, mean, square)
+        return turned_moments(before.subspace.spectrum, self.subspace.spectrum, mean, square)
 
 
-class Projected(_Rule):
+class Projected(Rule):
     """W = W₀ + P(D), Adam on D with the projected gradient; needs no coordinates, so the top of a spectrum will do."""
 
     def __init__(self, subspace: Subspace) -> None:
@@ -400,11 +278,20 @@ class ProjectedGradient(Projected):
         return self.parameter
 
 
-def _turned(before: Spectrum, after: Spectrum, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+def turned_moments(before: Spectrum, after: Spectrum, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """Moments in the Kronecker eigenbasis of one spectrum as those in another's.
 
     The mean turns as every matrix does. A square is the diagonal of a covariance; what turns it into another diagonal
     are the squares of the rotations' entries, exactly if coordinates were uncorrelated.
+
+    Args:
+        before: Complete.
+        after: Complete, of the same matrix.
+        mean: (d_out, d_in), in the basis of ``before``.
+        square: Likewise.
+
+    Returns:
+        Mean and square in the basis of ``after``.
     """
     of_G, of_A = (new.T @ old for new, old in zip(_bases(after), _bases(before), strict=True))
     return of_G @ mean @ of_A.T, of_G.square() @ square @ of_A.square().T
@@ -412,111 +299,6 @@ def _turned(before: Spectrum, after: Spectrum, mean: Tensor, square: Tensor) -> 
 
 def _bases(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     return spectrum.output_basis, spectrum.input_basis
-
-
-_RULES: dict[str, Callable[[Subspace], UpdateRule]] = {
-    "coordinates": Coordinates,
-    "leading": LeadingCoordinates,
-    "filter": Filter,
-    "projected": Projected,
-    "update-projected": UpdateProjected,
-    "projected-gradient": ProjectedGradient,
-}
-assert {*_RULES, "priced"} == {*get_args(Update)}  # which has settings of its own: update_rule
-
-
-def step_flops(update: Update, subspace: Subspace, tokens: int = TOKENS, rotation: float = ROTATION) -> int:
-    """What a rule adds to a step of plain fine-tuning, Adam aside.
-
-    Args:
-        update: Its name.
-        subspace: Of the matrix.
-        tokens: Of the step.
-        rotation: See :func:`leading_counts`.
-
-    Returns:
-        Flops, a multiplication and an addition counted apart.
-    """
-    d_out, d_in = subspace.shape
-    if update == "priced":
-        update = "leading" if subspace.threshold.cross is not None else "coordinates"
-    if update == "leading":
-        counts = zip(leading_counts(subspace, rotation), subspace.shape, strict=True)
-        return tokens * sum(min(8 * n * k, 4 * n * n) for k, n in counts)
-    if update in ("coordinates", "filter"):
-        return 4 * d_out * d_in * (d_out + d_in)
-    return subspace.flops * (2 if update == "projected" else 1)
-
-
-def coordinates_cost_little(shape: tuple[int, int]) -> bool:
-    """Whether a matrix (d_out, d_in) is so narrow that it may be turned whole, twice a step: see :data:`AFFORDABLE`."""
-    return 4 * sum(shape) <= AFFORDABLE * 6 * TOKENS
-
-
-def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
-    """The best rule that a matrix can pay for, by counting; of quality and price: docs/decisions.md.
-
-    Args:
-        subspace: Of the matrix.
-        rotation: See :func:`leading_counts`.
-
-    Returns:
-        The first of ``coordinates``, ``leading``, ``projected`` and ``update-projected`` that the subspace allows and
-        that costs no more than :data:`AFFORDABLE`; or the cheapest of them.
-    """
-    possible: list[Update] = ["projected", "update-projected"]
-    if subspace.threshold.cross is not None:
-        possible.insert(0, "leading")
-    if subspace.spectrum.complete:
-        possible.insert(0, "coordinates")
-
-    def cost(update: Update) -> float:
-        slow = PIVOT if subspace.form == "pivot" and "projected" in update else 1
-        return slow * step_flops(update, subspace, rotation=rotation)
-
-    most = AFFORDABLE * 6 * subspace.shape[0] * subspace.shape[1] * TOKENS
-    return next((update for update in possible if cost(update) <= most), min(possible, key=cost))
-
-
-def priced_rule(subspace: Subspace, price: float, rotation: float = ROTATION, damping: float = 0.0) -> PricedRule:
-    """The rule ``priced`` for one matrix, in the coordinates that its subspace is of.
-
-    Args:
-        subspace: Of the matrix, on the device of its weight.
-        price: s.
-        rotation: See :func:`leading_counts`.
-        damping: μ / τ: what every direction costs beside its curvature.
-
-    Returns:
-        The rule, its parameter at zero.
-
-    Raises:
-        ConfigError: The energy of the subspace is 0.
-    """
-    if subspace.threshold.cross is not None:
-        return PricedLeading(subspace, price, rotation, damping)
-    return PricedCoordinates(subspace, price, damping)
-
-
-def rule_elsewhere(
-    matrix: EditMatrix, update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION
-) -> Elsewhere:
-    """What a process has in place of :func:`update_rule` of a matrix that another one trains.
-
-    Args:
-        matrix: It.
-        update: The rule's name.
-        subspace: Of the matrix, on any device.
-        rotation: See :func:`leading_counts`.
-
-    Returns:
-        Its bases, where W itself is seen in other ones.
-    """
-    if update == "auto":
-        update = chosen_update(subspace, rotation)
-    check_update(update, subspace)
-    turned = update == "leading" or (update == "priced" and subspace.threshold.cross is not None)
-    return Elsewhere(matrix, _leading_frame(subspace.to(matrix.parameter.device), rotation) if turned else None)
 
 
 def check_update(update: Update, subspace: Subspace) -> None:
@@ -535,28 +317,3 @@ def check_update(update: Update, subspace: Subspace) -> None:
         )
     if update == "leading" and subspace.threshold.cross is None:
         raise ConfigError("update leading leaves out whole rows and columns: use constraint cross")
-
-
-def update_rule(
-    update: Update | Literal["auto"], subspace: Subspace, rotation: float = ROTATION, price: float = PRICE
-) -> UpdateRule:
-    """The rule of a name for one matrix.
-
-    Args:
-        update: Its name; ``auto`` is :func:`chosen_update`.
-        subspace: Of the matrix, on the device of its weight.
-        rotation: See :func:`leading_counts`.
-        price: Of ``priced``.
-
-    Returns:
-        The rule, its parameter at zero.
-
-    Raises:
-        ConfigError: The rule needs all eigenvectors, and the spectrum has only leading ones; or it needs a cross.
-    """
-    if update == "auto":
-        update = chosen_update(subspace, rotation)
-    check_update(update, subspace)
-    if update == "priced":
-        return priced_rule(subspace, price, rotation)
-    return LeadingCoordinates(subspace, rotation) if update == "leading" else _RULES[update](subspace)

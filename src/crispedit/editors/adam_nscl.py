@@ -22,9 +22,10 @@ from torch import Tensor
 from ..curvature import Curvature
 from ..errors import ConfigError
 from ..ownership import owned
+from ..rule_choice import update_rule
 from ..spectrum import Spectrum
 from ..subspace import Subspace
-from ..updates import Elsewhere, Unconstrained, UpdateRule, update_rule
+from ..updates import Elsewhere, Unconstrained, UpdateRule
 from ._gradient import PUBLISHED, RuledConfig, train_rules
 from .base import EditProblem, Presets, Round
 

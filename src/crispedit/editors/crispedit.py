@@ -16,25 +16,18 @@ from pydantic import Field, model_validator
 
 from .. import distributed
 from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted, linear_drift
-from ..curvature import Constraint, Curvature
+from ..curvature import Curvature
 from ..drift_meter import DriftMeter
 from ..errors import ConfigError
 from ..models import EditMatrix
 from ..ownership import owned
+from ..priced import PRICE, PricedRule, priced_rule
 from ..rotation import rotated
+from ..rule_choice import rule_elsewhere, update_rule
+from ..spectra import Constraint
 from ..subspace import Subspace
 from ..training import rows_per_step
-from ..updates import (
-    PRICE,
-    ROTATION,
-    Elsewhere,
-    PricedRule,
-    Update,
-    UpdateRule,
-    priced_rule,
-    rule_elsewhere,
-    update_rule,
-)
+from ..updates import ROTATION, Elsewhere, Update, UpdateRule
 from ._gradient import PUBLISHED, RuledConfig, train_in, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
@@ -48,9 +41,9 @@ class SubspaceConfig(RuledConfig):
         energy: γ, the share of the curvature that the excluded directions hold; 0 is plain fine-tuning.
         constraint: Which directions are left out; see :meth:`crispedit.curvature.Curvature.subspace`.
         update: How a gradient becomes a change of the weights; see :mod:`crispedit.updates`. ``auto`` is the best
-            rule that is known to cost little, by counting (:func:`crispedit.updates.chosen_update`).
+            rule that is known to cost little, by counting (:func:`crispedit.rule_choice.chosen_update`).
         rotation: What the bases of update ``leading`` may cost; see :func:`crispedit.updates.leading_counts`.
-        price: Of update ``priced``; see :class:`crispedit.updates.PricedCoordinates`.
+        price: Of update ``priced``; see :class:`crispedit.priced.PricedCoordinates`.
     """
 
     presets: ClassVar[Presets] = {"published": {**PUBLISHED, "constraint": "staircase", "update": "projected-gradient"}}

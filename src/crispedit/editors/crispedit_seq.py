@@ -6,7 +6,7 @@
 n counts tokens. A_k and G_k are of whole rows, prompts included; no earlier edit is kept. (CrispEdit, arXiv 2602.15823,
 Algorithm 2.) By default the edits' sums are weighted so that they have as much curvature as the capabilities
 (:mod:`crispedit.history`): by their few tokens they would have no say. And where the paper has a mask, every
-direction has its price (:class:`crispedit.updates.PricedCoordinates`). The variants are compared in docs/decisions.md.
+direction has its price (:class:`crispedit.priced.PricedCoordinates`). The variants are compared in docs/decisions.md.
 """
 
 import random
@@ -15,8 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ..curvature import Curvature, merge
+from ..curvature import Curvature
 from ..history import HISTORY_WEIGHT, with_history
+from ..merging import merge
 from ..updates import Update
 from ._gradient import PUBLISHED, RuledRoundsConfig, train_rounds
 from .base import EditProblem, Presets, Round
