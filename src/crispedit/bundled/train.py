@@ -15,7 +15,10 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -201,9 +204,10 @@ def train(
             losses[-1] += loss.item()
             seen += ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with orthogonalizing():
+            for optimizer, _ in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         elapsed = time.monotonic() - start
         if elapsed - reported > 20 or seen >= total_tokens:
             reported = elapsed
@@ -218,6 +222,17 @@ def train(
             if snapshots:
                 model.save_pretrained(snapshots)
                 tokenizer.save_pretrained(snapshots)
+
+
+def orthogonalizing() -> AbstractContextManager[Any]:
+    """Within, Muon's products are in float32 on a CPU that has none in bfloat16.
+
+    torch's Muon (2.13) rounds every update to bfloat16 before it is made orthogonal; without AVX-512 the whole step
+    took seven times as long.
+    """
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return nullcontext()
+    return mock.patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor.float().clone())
 
 
 @torch.no_grad()
