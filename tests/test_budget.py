@@ -10,7 +10,7 @@ import torch
 from builders import curvature_of
 from crispedit import budget as budget_module
 from crispedit import cli, jobs, rule_choice
-from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, STEPS, Budget, Budgeted, linear_drift
+from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, STEPS, UNSEEN, Budget, Budgeted, linear_drift
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
 from crispedit.curvature import Curvature
@@ -21,7 +21,7 @@ from crispedit.factors import Factors
 from crispedit.jobs import capability_texts, read_edits
 from crispedit.models import edit_matrices, frozen, load_model
 from crispedit.natural import NaturalDescent
-from crispedit.priced import PricedCoordinates, PricedLeading
+from crispedit.priced import PricedCoordinates, PricedLeading, priced_rule
 from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
@@ -62,6 +62,14 @@ def test_auto_is_what_edits_need_between_two_and_six_hundredths(needed, nats):
     assert Budget.parse("auto").nats(2.0, linear) == pytest.approx(nats)
     assert Budget.parse("2%").nats(2.0, linear) == pytest.approx(0.04)
     assert Budget.parse("0.01").nats(2.0, linear) == 0.01
+
+
+def test_unseen_inputs_count_where_auto_spends_more_than_two_hundredths():
+    auto, loss = Budget.parse("auto"), 0.8
+    assert [auto.unseen(share * loss, loss) for share in (0.02, 0.03, 0.06)] == pytest.approx(
+        [0, UNSEEN / 2, 2 * UNSEEN]
+    )
+    assert Budget.parse("6%").unseen(0.06 * loss, loss) == Budget.parse("0.05").unseen(0.05, loss) == 0
 
 
 @pytest.mark.parametrize("given", ["", "x", "0", "-1%", "nan", "inf", 0.0, "1%%"])
@@ -118,6 +126,30 @@ def test_what_is_predicted_is_the_quadratic_form_of_the_factors():
     expected = 0.5 * float((change * (given.G.double() @ change @ given.A.double())).sum())
     assert rule.predicted() == pytest.approx(expected, rel=1e-5)  # float32 bases
     assert rule.predicted() == pytest.approx(curvature_of({"W": given}).predicted_drift({"W": rule.delta()}), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["auto", "cross"])
+def test_unseen_inputs_lie_in_all_directions_alike(form):
+    """By the definition: A + a (tr A / d_in) I in the place of A, as dense matrices."""
+    given, share = factors(), 0.3
+    rule = priced_rule(subspace(form), 0.0, rotation=math.inf, damping=0.5)
+    before = rule.metric.clone()
+    rule.add_unseen(0.0)
+    assert torch.equal(rule.metric, before)
+    rule.add_unseen(share)
+    rule.parameter.normal_(generator=torch.Generator().manual_seed(1))
+    change = changes_of(rule)
+    A = given.A.double()
+    A += share * A.trace() / D_IN * torch.eye(D_IN)
+    expected = 0.5 * float((change * (given.G.double() @ change @ A)).sum())
+    assert rule.predicted() == pytest.approx(expected, rel=1e-4)  # float32 bases, a difference of float32 sums
+    damping = 0.5 * rule.damping * float(rule.parameter.double().square().sum())
+    assert float(rule.cost()) == pytest.approx(expected + damping, rel=1e-4)
+
+
+def changes_of(rule) -> torch.Tensor:
+    """ΔW in float64, whatever bases the rule sees it in."""
+    return (rule.delta() if rule.frame is None else rule.frame.matrix(rule.delta())).double()
 
 
 def test_gradients_in_coordinates_are_those_of_autograd():
@@ -443,6 +475,22 @@ def test_drift_is_measured_in_turned_bases_too(given, monkeypatch):
     assert certificate["met"]
     # what was measured last in the loop is what is measured at the end, of float16 weights
     assert certificate["drift"] == pytest.approx(certificate["ratio"] * certificate["predicted"], rel=1e-2)
+
+
+def test_auto_counts_unseen_inputs_and_says_how_much(given, monkeypatch):
+    """Edits that need more than two hundredths, as eight do if REACH is large: the metric is then that of A + a ᾱ I."""
+    monkeypatch.setattr(budget_module, "REACH", 1e9)
+    loud, quiet = edited(given, "auto"), edited(given, "6%")
+    unseen = loud.metrics["budget"]["unseen"]
+    assert unseen == pytest.approx(2 * UNSEEN)
+    assert quiet.metrics["budget"]["unseen"] == 0
+    (name,) = given[1].factors
+    factors = given[1].factors[name]
+    more = factors.A + unseen * factors.A.trace() / len(factors.A) * torch.eye(len(factors.A))
+    change = loud.delta[name]
+    expected = 0.5 * float((change * (factors.G @ change @ more)).sum(dtype=torch.float64))
+    assert loud.metrics["budget"]["predicted"] == pytest.approx(expected, rel=1e-2)  # the stored change
+    assert expected > 1.01 * given[1].predicted_drift(loud.delta)
 
 
 def test_a_budget_needs_texts(given):

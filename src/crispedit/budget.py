@@ -54,6 +54,9 @@ WITHIN = 0.99
 DEFAULT, MOST = 0.02, 0.06
 """What ``auto`` stands for, shares of the base model's loss on the texts: the first, or what the edits need if that is
 more, but never more than the second; see docs/decisions.md."""
+UNSEEN = 0.05
+"""What inputs that the texts do not have count under ``auto`` (:meth:`crispedit.priced._Priced.add_unseen`), for every
+:data:`DEFAULT` that is spent beyond the first: there what the texts do not show begins to be lost."""
 TRIES = 12
 """Measurements at most while that is done; each learns how far off the prediction is."""
 
@@ -112,6 +115,18 @@ class Budget:
             return self.amount
         least = (self.share or 0.0) * loss_base
         return max(least, min(MOST * loss_base, REACH * linear * RATIO / AIM)) if self.auto else least
+
+    def unseen(self, nats: float, loss_base: float) -> float:
+        """The share of inputs that the texts do not have in what a change is taken to cost.
+
+        Args:
+            nats: ε.
+            loss_base: Of the base model on the texts.
+
+        Returns:
+            0, save under ``auto`` where edits need more than :data:`DEFAULT`; then :data:`UNSEEN` for each more.
+        """
+        return UNSEEN * max(0.0, nats / (DEFAULT * loss_base) - 1) if self.auto else 0.0
 
     def __str__(self) -> str:
         if self.auto:

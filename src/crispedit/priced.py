@@ -39,12 +39,24 @@ class _Priced(Rule):
         if self.price > 0:
             self.parameter.div_((self.metric * (self.price / self.threshold)).add_(1))
 
+    def add_unseen(self, share: float) -> None:
+        """Counts inputs that the texts do not have: D = β (α + a ᾱ) + μ, ᾱ the mean of α over all directions.
+
+        A is what the texts put in, and a direction that they hardly use is flat; other inputs may use it. As many of
+        those as ``share`` of the texts' are taken to lie in all directions alike. G, what comes of an output, is the
+        texts' still.
+
+        Args:
+            share: a.
+        """
+        self.metric += share * (self.metric.mean(dim=1, keepdim=True) - self.damping)
+
     def cost(self) -> Tensor:
         """½ Σ D Z², a scalar in float64."""
         return 0.5 * (self.metric * self.parameter.square()).sum(dtype=torch.float64)
 
     def predicted(self) -> float:
-        """½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
+        """½ Σ (D − μ) Z², without unseen inputs ½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
         undamped = self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
         return max(0.0, float(undamped))
 

@@ -109,6 +109,9 @@ class Elsewhere(Rule):
         """None: the weight comes from where it is trained (:mod:`crispedit.ownership`)."""
         return self.parameter
 
+    def add_unseen(self, share: float) -> None:
+        """Nothing: the other process has what it is added to."""
+
     def cost(self) -> Tensor:
         """Zero: the other process has it."""
         return torch.zeros((), dtype=torch.float64, device=self.parameter.device)

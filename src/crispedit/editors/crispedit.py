@@ -169,6 +169,9 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
         linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
     loss_base = meter.measure()[1]
     most = distributed.from_main(lambda: budget.nats(loss_base, linear))  # the same bits decide everywhere
+    unseen = budget.unseen(most, loss_base)
+    for rule in rules:
+        rule.add_unseen(unseen)
     ratio, largest = RATIO, [rule.parameter for rule in rules]
     for halvings in range(config.frontier):
         nats = most / 2**halvings
@@ -179,7 +182,7 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
         ratio = trainee.ratio
         if halvings == 0:
             largest = [parameter.clone() for parameter in trainee.parameters]
-            certified = {"said": str(budget), "budget": nats, **found}
+            certified = {"said": str(budget), "budget": nats, "unseen": unseen, **found}
         yield Round(
             num_edits=len(every), trace=trace, details={"budget": nats, "drift": found["drift"]}, budget=certified
         )
