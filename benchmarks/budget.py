@@ -33,7 +33,7 @@ from crispedit.capability import bundled_tasks, logits_of, measure_drift
 from crispedit.curvature import Curvature
 from crispedit.edits import spread
 from crispedit.generation import Ids
-from crispedit.jobs import capability_texts, has_tasks, read_edits
+from crispedit.inputs import capability_texts, has_tasks, read_edits
 from crispedit.models import frozen, load_model
 from crispedit.rows import Prompter
 from crispedit.texts import load_texts, text_batches

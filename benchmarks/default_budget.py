@@ -21,7 +21,7 @@ from crispedit.capability import TaskItems, bundled_items
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
 from crispedit.edits import spread
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.inputs import capability_texts, read_edits
 from crispedit.models import load_model
 from crispedit.rows import Prompter
 from crispedit.statistics import Measure, Stratum, differences

@@ -27,7 +27,7 @@ from crispedit.capability import bundled_tasks
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
 from crispedit.edits import EditSet
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.inputs import capability_texts, read_edits
 from crispedit.models import LoadedModel, load_model, parse_layers
 from crispedit.rows import Prompter
 from crispedit.texts import CapabilityTexts, split_texts

@@ -123,7 +123,7 @@ def edit_rows(edits: str, count: int, token_ids: bool) -> list[EditRow]:
             prompt, target = rng.randint(8, 30), rng.randint(2, 8)
             rows.append(EditRow(tuple(rng.randrange(3, 30000) for _ in range(prompt + target)), prompt))
         return rows
-    from crispedit.jobs import read_edits
+    from crispedit.inputs import read_edits
     from crispedit.models import load_model
     from crispedit.rows import Prompter
 

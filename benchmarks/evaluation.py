@@ -41,7 +41,7 @@ from crispedit.editing import EditResult, edit
 from crispedit.editors import crispedit as editor
 from crispedit.edits import Edit, spread
 from crispedit.generation import MAX_NEW_TOKENS, Answer, answers
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.inputs import capability_texts, read_edits
 from crispedit.judge import Case, is_exact
 from crispedit.models import BUNDLED, load_model
 from crispedit.proof import PROOF_EDITS

@@ -23,7 +23,7 @@ import transformers
 from crispedit.bundled import corpus, train
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
-from crispedit.jobs import read_edits
+from crispedit.inputs import read_edits
 from crispedit.models import BUNDLED, decoder_blocks, load_model
 from crispedit.texts import split_texts
 

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from crispedit.console import percent, progress_bars
+from crispedit.edit_job import EditJob
 from crispedit.edits import Edit, EditSet
 from crispedit.evaluation import Evaluation, measure
-from crispedit.jobs import EditJob, read_edits
+from crispedit.inputs import read_edits
 from crispedit.judge import Judge, contains, exact, normalise
 from crispedit.models import BUNDLED, frozen, load_model
 from crispedit.progress import Progress

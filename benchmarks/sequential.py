@@ -30,7 +30,7 @@ from crispedit.console import progress_bars
 from crispedit.curvature import Curvature
 from crispedit.edits import Edit, spread
 from crispedit.evaluation import measure
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.inputs import capability_texts, read_edits
 from crispedit.models import load_model
 from crispedit.texts import CapabilityTexts
 from crispedit.tradeoff import measures

@@ -4,8 +4,8 @@ import torch
 
 from crispedit.capability import TaskItems, TextSums
 from crispedit.edits import Edit, EditSet, Locality
+from crispedit.evaluate_job import Evaluated
 from crispedit.evaluation import Evaluation
-from crispedit.jobs import Evaluated
 from crispedit.judge import Verdict
 from crispedit.wild import CONTEXTS, items_of, questions
 

@@ -9,7 +9,7 @@ import torch
 
 from builders import curvature_of
 from crispedit import budget as budget_module
-from crispedit import cli, jobs, rule_choice
+from crispedit import cli, evaluate_job, rule_choice
 from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, STEPS, UNSEEN, Budget, Budgeted, linear_drift
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
@@ -18,7 +18,7 @@ from crispedit.editing import edit
 from crispedit.editors import configured
 from crispedit.errors import ConfigError
 from crispedit.factors import Factors
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.inputs import capability_texts, read_edits
 from crispedit.models import edit_matrices, frozen, load_model
 from crispedit.natural import NaturalDescent
 from crispedit.priced import PricedCoordinates, PricedLeading, priced_rule
@@ -518,7 +518,7 @@ def test_the_interval_is_over_texts():
 @pytest.mark.slow
 def test_evaluate_checks_the_certificate_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "has_tasks", lambda model: False)  # hundreds of items, which say nothing here
+    monkeypatch.setattr(evaluate_job, "has_tasks", lambda model: False)  # hundreds of items, which say nothing here
     settings = ["--limit", "6", "--samples", "40", "--layers", "3", "--epochs", "4"]
     assert cli._run(["edit", "bundled", "bundled:eval", *settings, "--budget", "0.5%", "--out", "edited"]) == 0
     said = capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_edit_evaluate_ask_and_rerun(work, capsys, monkeypatch):
 
 
 def test_evaluate_by_one_protocol_or_all(work, capsys, monkeypatch):
-    monkeypatch.setattr("crispedit.jobs.has_tasks", lambda model: False)
+    monkeypatch.setattr("crispedit.evaluate_job.has_tasks", lambda model: False)
     found = {}
     for protocol in ("wild", "teacher-forced", "all"):
         command = ["evaluate", "bundled", "edits.json", "--base", "bundled", "--texts", "texts.txt"]

@@ -10,7 +10,7 @@ from crispedit.checkpoint import load_edited, read_back, round_to, write_model
 from crispedit.editing import edit
 from crispedit.edits import edits_from_rows
 from crispedit.errors import ArtifactError, EditFailed
-from crispedit.jobs import capability_texts, read_edits
+from crispedit.inputs import capability_texts, read_edits
 from crispedit.models import edit_matrices, load_model
 from crispedit.rows import Prompter
 from crispedit.wild import answer_questions, ask, questions, score

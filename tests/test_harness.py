@@ -540,7 +540,7 @@ def test_tokens_are_padded_on_the_left(bundled):
 def test_the_command_puts_tasks_beside_the_base_model(local, tmp_path, capsys, monkeypatch):
     prose = TaskItems(hits=[1], counts=[2])  # the bundled world's own tasks take long
     monkeypatch.setattr("crispedit.evaluation.bundled_items", lambda *given, **options: {"prose": prose})
-    monkeypatch.setattr("crispedit.jobs._drift_texts", lambda *given: None)
+    monkeypatch.setattr("crispedit.evaluate_job._drift_texts", lambda *given: None)
     (tmp_path / "edits.json").write_text('[{"prompt": "What is 9 minus 1?", "target": "8"}]')
     given = [
         "evaluate",

@@ -17,7 +17,7 @@ from crispedit.endpoint import CallFailed, Endpoint, Patience
 from crispedit.errors import EditsError, EndpointError
 from crispedit.evaluation import evaluate_live
 from crispedit.generation import answers
-from crispedit.jobs import read_edits
+from crispedit.inputs import read_edits
 from crispedit.judge import Case
 from crispedit.live import LiveModel
 from crispedit.llm_judge import LlmJudge
@@ -155,7 +155,7 @@ def test_evaluate_a_live_server_with_a_live_judge(work, monkeypatch, capsys):
     """No model is loaded; the two servers have keys of their own."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("THEIR_KEY", KEY[::-1])
-    monkeypatch.setattr("crispedit.jobs.load_edited", None)
+    monkeypatch.setattr("crispedit.evaluate_job.load_edited", None)
     with serving(knowing) as model, serving(lambda request: chat("A")) as judge:
         status = cli._run([
             "evaluate", "edited", "edits.json", "--endpoint", model.url, "--endpoint-key-variable", "THEIR_KEY",

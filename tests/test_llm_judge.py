@@ -367,7 +367,7 @@ def test_evaluate_with_a_model_as_the_judge(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     (tmp_path / "edits.json").write_text(json.dumps(ROWS))
-    monkeypatch.setattr("crispedit.jobs.has_tasks", lambda model: False)  # they take most of the time
+    monkeypatch.setattr("crispedit.evaluate_job.has_tasks", lambda model: False)  # they take most of the time
     evaluate = ["evaluate", model_directory("bundled"), "edits.json", "--base", "bundled", "--json"]
     assert cli._run([*evaluate, "contains.json", "--judge", "contains"]) == 0
     with serving(lambda request: chat("?") if case_of(request).target == "4" else by_rule(request)) as server:

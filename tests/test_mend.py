@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from crispedit.cli import _run
+from crispedit.edit_job import EditJob
 from crispedit.editing import edit
 from crispedit.editors._capture import capture
 from crispedit.editors._hypernetwork import Hypernetwork, applied
@@ -24,7 +25,6 @@ from crispedit.editors.mend import Config
 from crispedit.edits import Edit, Locality
 from crispedit.errors import ConfigError
 from crispedit.forward import collate, target_logits
-from crispedit.jobs import EditJob
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.rows import EditRow, Prompter
 from crispedit.texts import split_texts
@@ -377,7 +377,7 @@ def test_without_other_edits_it_says_what_is_missing(bundled):
 
 def test_rows_beyond_the_limit_are_learned_from(monkeypatch):
     seen = []
-    monkeypatch.setattr("crispedit.jobs.edit_model", lambda *a, **k: seen.append((a[2], k["train_edits"])) or 1 / 0)
+    monkeypatch.setattr("crispedit.edit_job.edit_model", lambda *a, **k: seen.append((a[2], k["train_edits"])) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         EditJob(model="bundled", edits="bundled:demo", editor="mend", limit=5).run()
     with pytest.raises(ZeroDivisionError):

@@ -275,7 +275,7 @@ def edit(
     json: Json = None,
 ) -> None:
     """Edit a model, prove what the edit did, and save what was proved."""
-    from .jobs import EditJob
+    from .edit_job import EditJob
 
     check_json(json)
     named = {
@@ -429,7 +429,7 @@ def train_mend(
 ) -> None:
     """Train the hypernetwork of editor mend, once per model; interrupted, the same command goes on."""
     check_json(json)
-    from .jobs import train_mend_job
+    from .mend_job import train_mend_job
 
     with bars() as progress:
         record = train_mend_job(
@@ -538,7 +538,7 @@ def _load(
 
 
 def _texts(model: str, path: Path | None, samples: int | None, seed: int) -> "CapabilityTexts | None":
-    from .jobs import capability_texts
+    from .inputs import capability_texts
 
     return capability_texts(model, path, samples, seed)
 

@@ -25,6 +25,7 @@ from . import __version__
 from .artifacts import check_writable, read_json, write_json, write_text
 from .capability import Logits, logits_of, logits_with
 from .curvature_file import read_manifest
+from .edit_job import EditJob
 from .editing import EditResult
 from .editors import configured, editor_names
 from .editors.base import EditorConfig
@@ -40,8 +41,8 @@ from .errors import (
     did_you_mean,
 )
 from .evaluation import agreeing, measure
+from .inputs import capability_texts, has_tasks, read_edits
 from .isolated import Work, run_isolated
-from .jobs import EditJob, capability_texts, has_tasks, read_edits
 from .judge import find_judge
 from .memory import peak_bytes
 from .models import (

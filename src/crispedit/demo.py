@@ -7,9 +7,10 @@ from typing import Any
 from .artifacts import check_writable
 from .bundled import world
 from .checkpoint import read_record
+from .edit_job import EditJob
 from .editing import EditResult
 from .evaluation import evaluate
-from .jobs import EditJob, capability_texts, read_edits
+from .inputs import capability_texts, read_edits
 from .models import BUNDLED, load_model
 from .progress import Progress, no_progress
 

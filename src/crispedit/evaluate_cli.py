@@ -25,7 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not
-    from .jobs import Evaluated
+    from .evaluate_job import Evaluated
 
 
 def evaluate(
@@ -95,8 +95,8 @@ def evaluate(
     _check_reports(report or [], curvature)
     if report and protocol == "teacher-forced":
         raise ConfigError("--report is of free answers: give --protocol wild or all")
+    from .evaluate_job import evaluate_job, evaluate_live_job
     from .harness_job import HarnessJob
-    from .jobs import evaluate_job, evaluate_live_job
     from .live import LiveModel
     from .llm_judge import make_judge
     from .paired import differences_record, measure_rows

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .jobs import Evaluated
+from .evaluate_job import Evaluated
 from .progress import Progress, no_progress
 from .statistics import LEVEL, POWER, RESAMPLES, Measure, Stratum, differences
 from .tradeoff import LOWER_IS_BETTER, change, measures

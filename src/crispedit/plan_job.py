@@ -18,7 +18,7 @@ from .errors import ConfigError, ModelError
 from .factors import check_kind
 from .generation import BATCH_TOKENS
 from .halves import token_halves
-from .jobs import capability_texts, read_edits
+from .inputs import capability_texts, read_edits
 from .memory import free_memory, resident_bytes
 from .methods import compare_methods, parse_devices
 from .models import (

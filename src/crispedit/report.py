@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from .curvature import Curvature
 from .description import ENERGY
-from .jobs import Evaluated
+from .evaluate_job import Evaluated
 from .judge import Verdict
 from .paired import measure_rows
 from .progress import Progress, no_progress

@@ -127,7 +127,7 @@ def certificate(budget: Mapping[str, Any] | None) -> str | None:
     """What is left of a damage budget, as it is measured now.
 
     Args:
-        budget: What :meth:`crispedit.jobs.Evaluated.budget` says; ``None`` without one.
+        budget: What :meth:`crispedit.evaluate_job.Evaluated.budget` says; ``None`` without one.
 
     Returns:
         A sentence, or ``None``.

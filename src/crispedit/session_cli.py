@@ -65,9 +65,9 @@ def init(
     from .artifacts import check_writable
     from .console import out
     from .curvature import Curvature
+    from .edit_job import EditJob
     from .editors import configured
     from .history import HISTORY_WEIGHT, parse_history_weight
-    from .jobs import EditJob
     from .models import load_model, parse_layers
     from .session import Session
     from .settings import parse_settings
@@ -123,7 +123,7 @@ def edit(
 ) -> None:
     """Make a round: edit the newest model, prove it, and keep it."""
     from .console import out, print_proof
-    from .jobs import read_edits
+    from .inputs import read_edits
 
     check_json(json)
     edit_set = read_edits(edits, limit=limit, conflicts=conflicts)
@@ -206,7 +206,7 @@ def evaluate(
 ) -> None:
     """Ask the model about the edits of all rounds, and measure what the rounds cost together."""
     from .console import print_session_evaluation
-    from .jobs import read_edits
+    from .inputs import read_edits
     from .judge import find_judge
     from .session import Session
     from .session_evaluation import evaluate_session
@@ -236,7 +236,7 @@ def revert(
 ) -> None:
     """Take rounds back: the last ones, or one from the middle."""
     from .console import out
-    from .jobs import read_edits
+    from .inputs import read_edits
 
     if (to is None) == (round_ is None):
         raise ConfigError("give --to N (the last round that stays) or --round N (the one that goes)")

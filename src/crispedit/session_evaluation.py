@@ -6,7 +6,7 @@ from typing import Any
 from .editors import configured
 from .edits import Edit, EditSet
 from .evaluation import answers_of_base, measure, needs_base_answers
-from .jobs import has_tasks
+from .inputs import has_tasks
 from .patch import StoredTensors, apply_to
 from .progress import Progress, no_progress
 from .session import Session
