@@ -134,15 +134,16 @@ def test_unseen_inputs_lie_in_all_directions_alike(form):
     given, share = factors(), 0.3
     rule = priced_rule(subspace(form), 0.0, rotation=math.inf, damping=0.5)
     before = rule.metric.clone()
-    rule.add_unseen(0.0)
+    rule.count_unseen(0.0)
     assert torch.equal(rule.metric, before)
-    rule.add_unseen(share)
+    rule.count_unseen(2 * share)
+    rule.count_unseen(share)
     rule.parameter.normal_(generator=torch.Generator().manual_seed(1))
     change = changes_of(rule)
     A = given.A.double()
     A += share * A.trace() / D_IN * torch.eye(D_IN)
     expected = 0.5 * float((change * (given.G.double() @ change @ A)).sum())
-    assert rule.predicted() == pytest.approx(expected, rel=1e-4)  # float32 bases, a difference of float32 sums
+    assert float(rule.charged()) == pytest.approx(expected, rel=1e-4)  # float32 bases, a difference of float32 sums
     damping = 0.5 * rule.damping * float(rule.parameter.double().square().sum())
     assert float(rule.cost()) == pytest.approx(expected + damping, rel=1e-4)
 
@@ -478,19 +479,24 @@ def test_drift_is_measured_in_turned_bases_too(given, monkeypatch):
 
 
 def test_auto_counts_unseen_inputs_and_says_how_much(given, monkeypatch):
-    """Edits that need more than two hundredths, as eight do if REACH is large: the metric is then that of A + a ᾱ I."""
+    """Edits that need more than two hundredths, as eight do if REACH is large: what texts do not show is kept."""
     monkeypatch.setattr(budget_module, "REACH", 1e9)
-    loud, quiet = edited(given, "auto"), edited(given, "6%")
-    unseen = loud.metrics["budget"]["unseen"]
-    assert unseen == pytest.approx(2 * UNSEEN)
-    assert quiet.metrics["budget"]["unseen"] == 0
+    results = [edited(given, "auto"), edited(given, "6%")]
+    assert [result.metrics["budget"]["unseen"] for result in results] == pytest.approx([2 * UNSEEN, 0])
     (name,) = given[1].factors
-    factors = given[1].factors[name]
-    more = factors.A + unseen * factors.A.trace() / len(factors.A) * torch.eye(len(factors.A))
-    change = loud.delta[name]
-    expected = 0.5 * float((change * (factors.G @ change @ more)).sum(dtype=torch.float64))
-    assert loud.metrics["budget"]["predicted"] == pytest.approx(expected, rel=1e-2)  # the stored change
-    assert expected > 1.01 * given[1].predicted_drift(loud.delta)
+    factors, elsewhere = given[1].factors[name], []
+    for result in results:
+        change, predicted = result.delta[name], result.metrics["budget"]["predicted"]
+        elsewhere.append(float((change * (factors.G @ change)).sum()) / predicted)
+        # of the texts alone; it is the stored change that is compared
+        assert predicted == pytest.approx(given[1].predicted_drift(result.delta), rel=1e-2)
+    assert elsewhere[0] < 0.8 * elsewhere[1]
+
+
+def test_budgets_of_a_frontier_count_unseen_inputs_by_their_own_size(given, monkeypatch):
+    monkeypatch.setattr(budget_module, "REACH", 1e9)
+    rounds = edited(given, "auto", frontier=3).metrics["rounds"]
+    assert [each["unseen"] for each in rounds] == pytest.approx([2 * UNSEEN, UNSEEN / 2, 0])
 
 
 def test_a_budget_needs_texts(given):

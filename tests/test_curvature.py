@@ -418,7 +418,7 @@ def test_the_largest_energy_yet_widens_a_cross_and_a_smaller_one_does_not(monkey
 
 
 def test_of_wide_matrices_auto_protects_a_cross_of_leading_eigenvectors(curvature, monkeypatch):
-    """Wide is where coordinates cost too much: crispedit.updates, by counting."""
+    """Wide is where coordinates cost too much: crispedit.rule_choice, by counting."""
     name = next(iter(curvature.factors))
     assert curvature.subspace(name, 0.5).form != "cross"
     monkeypatch.setattr("crispedit.rule_choice.TOKENS", 1)

@@ -3,7 +3,9 @@
     minimise  edit loss   subject to   measured drift ≤ ε
 
 by a trust region in the metric of the capability curvature. In the Kronecker eigenbasis that metric is diagonal,
-D = λ + μ, and a change Z of all matrices is predicted to cost ½ Σ D Z² nats per token. Nothing is left out: every
+D = λ + μ (under ``auto`` inputs that the texts do not have may count as well,
+:meth:`crispedit.priced.PricedCoordinates.count_unseen`), and a change Z of all matrices is predicted to cost ½ Σ D Z²
+nats per token. Nothing is left out: every
 direction has its price. A step goes where the edit loss falls fastest for what it costs (:mod:`crispedit.natural`), and
 what then lies outside the ball ½ Σ D Z² ≤ ρ is scaled back onto it, which is the projection in this metric. How large
 the ball may be is measured: the prediction takes tokens and matrices for independent and is too low by a factor of
@@ -55,8 +57,8 @@ DEFAULT, MOST = 0.02, 0.06
 """What ``auto`` stands for, shares of the base model's loss on the texts: the first, or what the edits need if that is
 more, but never more than the second; see docs/decisions.md."""
 UNSEEN = 0.05
-"""What inputs that the texts do not have count under ``auto`` (:meth:`crispedit.priced._Priced.add_unseen`), for every
-:data:`DEFAULT` that is spent beyond the first: there what the texts do not show begins to be lost."""
+"""What inputs that the texts do not have count under ``auto``, for every :data:`DEFAULT` that is allowed beyond the
+first: there what the texts do not show begins to be lost (docs/decisions.md, "The default budget")."""
 TRIES = 12
 """Measurements at most while that is done; each learns how far off the prediction is."""
 
@@ -140,8 +142,8 @@ class Spent:
 
     Args:
         drift: Measured on a sample of the texts, or on all; nats per token.
-        predicted: By the curvature.
-        allowed: The most that could be predicted, ρ.
+        predicted: By the curvature, unseen inputs as far as they count.
+        allowed: The most that could be predicted so, ρ.
     """
 
     drift: float
@@ -159,7 +161,8 @@ class Budgeted(RuledMatrices):
         meter: Of drift.
         steps: At most.
         ratio: Measured over predicted drift, before it is known.
-        linear: :func:`linear_drift` of the edits, which tells how long steps are where the ball is larger than needed.
+        linear: :func:`linear_drift` of the edits where the texts alone count, which tells how long steps are where the
+            ball is larger than needed.
     """
 
     def __init__(
@@ -202,10 +205,18 @@ class Budgeted(RuledMatrices):
         here = torch.tensor(sum(rule.predicted() for rule in self.priced), dtype=torch.float64)
         return float(sum_of_all(here.to(self.parameters[0].device)))
 
+    def charged(self) -> float:
+        """½ Σ (D − μ) Z², nats per token: of what the ball bounds, all but the damping."""
+        return float(self._sum([rule.charged() for rule in self.priced]).clamp(min=0))
+
+    def _sum(self, of_rules: Sequence[Tensor]) -> Tensor:
+        """Scalars, one per rule, of all rules of all processes together."""
+        device = self.parameters[0].device
+        return sum_of_all(torch.stack([one.to(device) for one in of_rules]).sum())
+
     def apply(self) -> None:
         """Scales back onto the ball what is outside it, and writes W₀ + ΔW."""
-        device = self.parameters[0].device
-        cost = sum_of_all(torch.stack([rule.cost().to(device) for rule in self.priced]).sum())
+        cost = self._sum([rule.cost() for rule in self.priced])
         self._scale((self.allowed / cost).sqrt().clamp(max=1))
         super().apply()
 
@@ -228,7 +239,7 @@ class Budgeted(RuledMatrices):
         Returns:
             Whether it is, within the budget.
         """
-        drift, predicted = self.meter.estimate(), self.predicted()
+        drift, predicted = self.meter.estimate(), self.charged()
         self.spent.append(Spent(drift=drift, predicted=predicted, allowed=self.allowed))
         if predicted > 0:
             self.ratio = min(LEARN * self.ratio, max(self.ratio / LEARN, drift / predicted))
@@ -239,7 +250,7 @@ class Budgeted(RuledMatrices):
 
         Returns:
             For the record: ``course`` (the fields of :class:`Spent` by epoch), ``taken_back`` (the share of the
-            change), and ``drift``, ``predicted`` drift and their ``ratio`` at the end.
+            change), and ``drift``, ``predicted`` drift (on such texts) and their ``ratio`` at the end.
         """
         drift, kept = self.meter.measure()[0], 1.0
         for _ in range(TRIES):

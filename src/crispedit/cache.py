@@ -1,7 +1,7 @@
 """The cache of curvatures: computed once per model, found again by what they are of, not by a name.
 
 An entry is a curvature directory, or a JSON file that points to one elsewhere. Its name is a hash of all that its
-factors depend on (:func:`crispedit.curvature.content_key`). The cache lies in ``CRISPEDIT_CACHE``, else in
+factors depend on (:func:`crispedit.curvature_file.content_key`). The cache lies in ``CRISPEDIT_CACHE``, else in
 ``~/.cache/crispedit``; beside the curvatures lie the states of passes under way and the replies of judges.
 """
 

@@ -580,6 +580,11 @@ def print_certificate(found: dict[str, Any]) -> None:
         f"{share:.0f} % of it ({interval})",
         soft_wrap=True,
     )
+    if found["unseen"] > 0:
+        out.print(
+            f"for one input of the texts {found['unseen']:.2f} that lie in all directions alike were counted",
+            soft_wrap=True,
+        )
     if found["ratio"] is not None:
         out.print(
             f"the curvature predicted {number(found['predicted'])}, which is {found['ratio']:.1f} times too little",

@@ -397,7 +397,7 @@ class Curvature:
             seed: Of sampled labels.
 
         Returns:
-            A curvature that :func:`merge` adds to this one; it has no held-out texts.
+            A curvature that :func:`crispedit.merging.merge` adds to this one; it has no held-out texts.
         """
         digest = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
         about = {"source": "edits", "sha256": digest, "seed": seed, "samples": len(rows)}
@@ -454,7 +454,7 @@ class Curvature:
             held_out=held_out,
             path=None,
             seconds=0.0,
-            spectra=self.spectra.of(factors, starts),
+            spectra=self.spectra.for_factors(factors, starts),
             _described={},
             _pass=None,
         )

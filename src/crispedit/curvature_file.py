@@ -82,7 +82,7 @@ def factors_of_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor
         By name of the matrix.
 
     Raises:
-        KeyError: A tensor is missing.
+        KeyError: A tensor, or what the manifest should say, is missing.
     """
     count = manifest["num_tokens"]
     return {

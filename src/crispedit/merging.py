@@ -50,7 +50,7 @@ def merge(
         factors,
         {"source": "merged", "sha256": _digest(parts), "seed": None, "samples": None, "parts": parts},
         held_out=tuple(dict.fromkeys(text for c in curvatures for text in c.held_out)),
-        starts=known.spectra.known(),
+        starts={**known.spectra.starts, **known.spectra.known()},
     )
 
 

@@ -1,8 +1,8 @@
 """Update rules that leave nothing out: every direction is free, and has its price.
 
 A mask lets all that is below its threshold τ go for nothing, and what is above it not at all. Here a change Z in the
-Kronecker eigenbasis costs ½ Σ (λ + μ) Z², which is what the curvature predicts as drift where μ is 0: a proximal step
-after every step of Adam pulls back by it (``priced``), or a ball bounds it (:mod:`crispedit.budget`).
+Kronecker eigenbasis costs ½ Σ D Z², D = λ + μ, which is what the curvature predicts as drift where μ is 0: a proximal
+step after every step of Adam pulls back by it (``priced``), or a ball bounds it (:mod:`crispedit.budget`).
 """
 
 from typing import Self
@@ -31,34 +31,39 @@ class _Priced(Rule):
 
     def __init__(self, curvatures: Tensor, threshold: float, price: float, damping: float) -> None:
         self.threshold, self.price, self.damping = threshold, price, damping * threshold
+        self.unseen, self._mean = 0.0, curvatures.mean(dim=1, keepdim=True)
         self.metric = curvatures.add_(self.damping)
         self.parameter = torch.zeros_like(curvatures)
 
-    def stepped(self) -> None:
-        """Z ← Z / (1 + s D/τ), D = λ + μ."""
-        if self.price > 0:
-            self.parameter.div_((self.metric * (self.price / self.threshold)).add_(1))
-
-    def add_unseen(self, share: float) -> None:
+    def count_unseen(self, share: float) -> None:
         """Counts inputs that the texts do not have: D = β (α + a ᾱ) + μ, ᾱ the mean of α over all directions.
 
-        A is what the texts put in, and a direction that they hardly use is flat; other inputs may use it. As many of
-        those as ``share`` of the texts' are taken to lie in all directions alike. G, what comes of an output, is the
-        texts' still.
+        A is what the texts put in, and a direction that they hardly use is flat; other inputs may use it. So many of
+        them are taken to lie in all directions alike. G, what comes of an output, is the texts' still.
 
         Args:
-            share: a.
+            share: a, inputs of that kind for one of the texts'; 0 at first.
         """
-        self.metric += share * (self.metric.mean(dim=1, keepdim=True) - self.damping)
+        self.metric += (share - self.unseen) * self._mean
+        self.unseen = share
+
+    def stepped(self) -> None:
+        """Z ← Z / (1 + s D/τ)."""
+        if self.price > 0:
+            self.parameter.div_((self.metric * (self.price / self.threshold)).add_(1))
 
     def cost(self) -> Tensor:
         """½ Σ D Z², a scalar in float64."""
         return 0.5 * (self.metric * self.parameter.square()).sum(dtype=torch.float64)
 
+    def charged(self) -> Tensor:
+        """½ Σ (D − μ) Z²: the predicted drift, unseen inputs as far as they count; a scalar in float64."""
+        return self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
+
     def predicted(self) -> float:
-        """½ Σ (D − μ) Z², without unseen inputs ½ Σ λ Z²: the drift that the curvature predicts, nats per token."""
-        undamped = self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
-        return max(0.0, float(undamped))
+        """½ Σ λ Z²: the drift that the curvature predicts on such texts as it is of, nats per token."""
+        unseen = 0.5 * self.unseen * (self._mean * self.parameter.square()).sum(dtype=torch.float64)
+        return max(0.0, float(self.charged() - unseen))
 
 
 class PricedCoordinates(_Priced):
@@ -95,7 +100,9 @@ class PricedCoordinates(_Priced):
 
 
 class PricedLeading(_Priced):
-    """The same in the bases of :class:`LeadingCoordinates`; what is not known of a spectrum is taken for flat.
+    """The same in the bases of :class:`crispedit.updates.LeadingCoordinates`.
+
+    What is not known of a spectrum is taken for flat.
 
     Args:
         subspace: A cross; the directions that it takes are turned at least.
@@ -123,7 +130,7 @@ class PricedLeading(_Priced):
         return self.parameter
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Refused, as by :class:`LeadingCoordinates`."""
+        """Refused, as by :class:`crispedit.updates.LeadingCoordinates`."""
         raise not_carried()
 
 

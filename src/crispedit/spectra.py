@@ -46,7 +46,7 @@ class Spectra:
         self._tops: dict[str, Spectrum] = {}
         self._subspaces: dict[tuple[str, float, Constraint], Subspace] = {}
 
-    def of(self, factors: Mapping[str, Factors], starts: Mapping[str, Spectrum] | None = None) -> "Spectra":
+    def for_factors(self, factors: Mapping[str, Factors], starts: Mapping[str, Spectrum] | None = None) -> "Spectra":
         """The spectra of other factors of the same model, to be found where these are.
 
         Args:
@@ -61,8 +61,8 @@ class Spectra:
         return others
 
     def known(self) -> dict[str, Spectrum]:
-        """What searches in similar factors may set out from: by name, the most that is known of every spectrum."""
-        return {**self.starts, **self._whole, **self._tops}
+        """The spectra that were found, by name: what searches in similar factors may set out from."""
+        return {**self._whole, **self._tops}
 
     def solve_near(self, matrices: Sequence[EditMatrix]) -> None:
         """Has eigenproblems solved where their matrices are, if that is a GPU: factors from a file are on the CPU.
@@ -104,6 +104,9 @@ class Spectra:
 
         Returns:
             Its leading eigenpairs; of sketches all that they know, whatever the energy.
+
+        Raises:
+            ConfigError: ``energy`` is outside [0, 1).
         """
         known = self._tops.get(name)
         if known is None and ranks.count() > 1:  # all of them at once: the work can be shared
@@ -114,7 +117,19 @@ class Spectra:
         return self._tops[name]
 
     def subspace(self, name: str, energy: float, constraint: Constraint | Literal["auto"] = "auto") -> Subspace:
-        """The low-curvature subspace of one matrix: see :meth:`crispedit.curvature.Curvature.subspace`."""
+        """The low-curvature subspace of one matrix, cut once.
+
+        Args:
+            name: The matrix.
+            energy: γ in [0, 1).
+            constraint: What is left out: see :meth:`crispedit.curvature.Curvature.subspace`.
+
+        Returns:
+            The subspace, in the cheapest exact form.
+
+        Raises:
+            ConfigError: There is no such constraint, ``energy`` is outside [0, 1), or there are no second moments.
+        """
         check_choice("constraint", constraint, ("auto", *get_args(Constraint)))
         if constraint == "auto":
             factors = self.factors[name]

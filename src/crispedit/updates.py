@@ -109,12 +109,16 @@ class Elsewhere(Rule):
         """None: the weight comes from where it is trained (:mod:`crispedit.ownership`)."""
         return self.parameter
 
-    def add_unseen(self, share: float) -> None:
-        """Nothing: the other process has what it is added to."""
+    def count_unseen(self, share: float) -> None:
+        """Nothing: the other process counts them."""
 
     def cost(self) -> Tensor:
         """Zero: the other process has it."""
         return torch.zeros((), dtype=torch.float64, device=self.parameter.device)
+
+    def charged(self) -> Tensor:
+        """Zero, likewise."""
+        return self.cost()
 
     def predicted(self) -> float:
         """Zero, likewise."""
@@ -184,7 +188,15 @@ class LeadingCoordinates(Rule):
 
 
 def leading_frame(subspace: Subspace, rotation: float) -> Frame:
-    """The bases that begin with the leading eigenvectors of G and of A."""
+    """The bases that begin with the leading eigenvectors of G and of A.
+
+    Args:
+        subspace: A cross.
+        rotation: What they may cost: see :func:`leading_counts`.
+
+    Returns:
+        Both.
+    """
     r, c = leading_counts(subspace, rotation)
     inputs, outputs = subspace.spectrum.leading_vectors()
     return Frame(leading_basis(outputs[:, :r]), leading_basis(inputs[:, :c]))

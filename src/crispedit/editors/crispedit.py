@@ -94,8 +94,8 @@ class Config(SubspaceConfig):
 
     Args:
         budget: The most drift on the held-out texts, in nats per token or as a percentage of the base model's loss on
-            them (``1%``; ``auto`` is 2%, or what the edits need, at most 6%), in place of ``energy``; see
-            :mod:`crispedit.budget`.
+            them (``1%``; ``auto`` is 2%, or what the edits need, at most 6%, and from 2% on inputs that the texts do
+            not have count as well), in place of ``energy``; see :mod:`crispedit.budget`.
         frontier: How many budgets are edited within, one after the other, from ``budget`` down, each half of the one
             before; what was learned there is where the next begins. What is kept is the first.
     """
@@ -169,12 +169,12 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
         linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
     loss_base = meter.measure()[1]
     most = distributed.from_main(lambda: budget.nats(loss_base, linear))  # the same bits decide everywhere
-    unseen = budget.unseen(most, loss_base)
-    for rule in rules:
-        rule.add_unseen(unseen)
     ratio, largest = RATIO, [rule.parameter for rule in rules]
     for halvings in range(config.frontier):
         nats = most / 2**halvings
+        unseen = budget.unseen(nats, loss_base)
+        for rule in rules:
+            rule.count_unseen(unseen)
         with rotated(problem.matrices, [rule.frame for rule in rules]):
             trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio, linear)
             trace = train_in(problem, config, trainee, every, lr=STEP)
@@ -183,9 +183,8 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
         if halvings == 0:
             largest = [parameter.clone() for parameter in trainee.parameters]
             certified = {"said": str(budget), "budget": nats, "unseen": unseen, **found}
-        yield Round(
-            num_edits=len(every), trace=trace, details={"budget": nats, "drift": found["drift"]}, budget=certified
-        )
+        details = {"budget": nats, "unseen": unseen, "drift": found["drift"]}
+        yield Round(num_edits=len(every), trace=trace, details=details, budget=certified)
     if config.frontier > 1:  # what is kept is the edit within the whole budget
         with rotated(problem.matrices, [rule.frame for rule in rules]):
             Budgeted(problem.matrices, rules, most, meter, steps).go_to(largest)
