@@ -55,7 +55,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     scores = score(asked, [answer.text for answer in ask(loaded.model, prompter, asked, "no_context")])
     drift = result.metrics["capability"]["drift"]
     certificate = result.metrics.get("budget") or {}
-    return {**case, **scores, "drift": drift, "budget": certificate.get("budget"), "items": items_of(loaded)}
+    kept = {name: certificate.get(name) for name in ("budget", "unseen")}
+    return {**case, **scores, "drift": drift, **kept, "items": items_of(loaded)}
 
 
 def measure(rows: Sequence[dict[str, Any]]) -> Measure:
