@@ -1,7 +1,7 @@
 """Makes the bundled model: ``python -m crispedit.bundled.train --out DIR``.
 
 One seed gives the tokenizer, the data order and the weights. The full run takes about forty minutes on two CPU cores
-with AVX-512, and one and a half times as long without (with other weights: see :func:`float32_muon`); ``--smoke`` takes
+with AVX-512, and longer without (with other weights: see :func:`float32_muon`); ``--smoke`` takes
 seconds and is what the tests run.
 
 ``--architecture gpt2 --seed 1 --world 2603`` makes a second model of another family in another world, so that what is
