@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from crispedit.console import print_differences
+from crispedit.console_evaluation import print_differences
 from crispedit.paired import could_have_shown, differences_record, measure_rows, small_loss
 from crispedit.teacher_forced import TeacherForced
 from evaluated import evaluated

@@ -23,10 +23,11 @@ LAYERS = (
     "live benchmarks untouched harness_tasks harness harness_job tasks checkpoint adapter proof certificate editing "
     "evaluation processes assumed workload stages planning methods typical session plot frontier inputs edit_job "
     "mend_job evaluate_job plan_job session_evaluation demo session_plot tradeoff scatter experiments comparing "
-    "paired report_definitions report_verdict report_curvature report report_markdown report_html console options "
-    "evaluate_cli lenet_cli patch_cli session_cli cli"
+    "paired report_definitions report_verdict report_curvature report report_markdown report_html console "
+    "console_evaluation console_edit console_plan console_session console_second_order options evaluate_cli lenet_cli "
+    "patch_cli session_cli cli"
 ).split()
-"""Every module imports only from those before it (console and cli show what the others do)."""
+"""Every module imports only from those before it (console and command line show what the others do)."""
 
 
 def test_every_public_name_exists_and_is_documented():

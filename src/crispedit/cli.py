@@ -72,7 +72,7 @@ def demo(
     with bars() as progress:
         result = run_demo(out, seed=seed, progress=progress)
     from .console import out as stdout
-    from .console import print_evaluations
+    from .console_evaluation import print_evaluations
 
     print_evaluations("200 edits of the bundled model", result.columns)
     for line in result.verdict:
@@ -125,7 +125,7 @@ def curvature(
     if divided is None:
         raise TextsError("no capability texts: give --texts FILE (.jsonl, .json or .txt)")
     from . import cache
-    from .console import print_curvature
+    from .console_edit import print_curvature
 
     with bars() as progress:
         where = {"shard": shard, "offload": offload, "edited": partial(edit_matrices, layers=chosen)}
@@ -221,7 +221,7 @@ def plan(
         conflicts=conflicts,
     )
     found = job.run(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    from .console import print_plan
+    from .console_plan import print_plan
 
     print_plan(found, f"{model} edited" + (f" with {edits}" if edits else ""))
     write_json_file(json, found.record())
@@ -328,7 +328,7 @@ def edit(
         result = job.run(**options, offload=offload, shard=shard, progress=progress)  # type: ignore[arg-type]  # of several types
         result.save(out, form=save, overwrite=overwrite, progress=progress)  # type: ignore[arg-type]  # checked above
     from .console import out as stdout
-    from .console import print_proof
+    from .console_edit import print_proof
 
     print_proof(result)
     if plot is not None and ranks.is_main():
@@ -394,8 +394,9 @@ def compare(
     )
     with bars(keep=False) as progress:
         found = job.run(progress=progress)
-    from .console import err, print_comparison
+    from .console import err
     from .console import out as stdout
+    from .console_evaluation import print_comparison
 
     written = [TABLE, RESULTS, *([PLOT] if write_comparison(found, out) else [])]
     print_comparison(found)
@@ -450,7 +451,7 @@ def train_mend(
             progress=progress,
         )  # fmt: skip
     from .console import out as stdout
-    from .console import print_training
+    from .console_edit import print_training
 
     print_training(record)
     stdout.print(f"the hypernetwork is in {out}: crispedit edit … --editor mend --set network={out}", soft_wrap=True)

@@ -51,7 +51,7 @@ def lenet(
     )
     with bars() as progress:
         found = job.run(progress)
-    from .console import print_second_order
+    from .console_second_order import print_second_order
     from .experiments.summary import summarise
 
     result = summarise(found)

@@ -20,7 +20,7 @@ OutFile = Annotated[Path, typer.Option(help="File for the patch, .safetensors.")
 @app.command()
 def show(file: Annotated[Path, typer.Argument(help="A patch.")], json: Json = None) -> None:
     """Say what a patch is for and what it changes; no tensor is read."""
-    from .console import print_patch
+    from .console_session import print_patch
     from .patch import read_manifest
 
     check_json(json)

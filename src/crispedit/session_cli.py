@@ -122,7 +122,8 @@ def edit(
     json: Json = None,
 ) -> None:
     """Make a round: edit the newest model, prove it, and keep it."""
-    from .console import out, print_proof
+    from .console import out
+    from .console_edit import print_proof
     from .inputs import read_edits
 
     check_json(json)
@@ -163,7 +164,8 @@ def status(
     json: Json = None,
 ) -> None:
     """Say what the session is, and how its rounds went; no tensor is read."""
-    from .console import out, print_session
+    from .console import out
+    from .console_session import print_session
     from .errors import ArtifactError
     from .store import Store
 
@@ -205,7 +207,7 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Ask the model about the edits of all rounds, and measure what the rounds cost together."""
-    from .console import print_session_evaluation
+    from .console_session import print_session_evaluation
     from .inputs import read_edits
     from .judge import find_judge
     from .session import Session
@@ -271,7 +273,7 @@ def export(
     from .adapter import serving_line
     from .artifacts import check_writable, check_writable_file, write_directory
     from .console import out as stdout
-    from .console import print_adapter
+    from .console_session import print_adapter
     from .errors import ArtifactError
     from .session import Session
 
