@@ -142,6 +142,8 @@ def within_budget(
     rows = [EditRow(tuple(ids), len(ids) - 2) for ids in random_rows([5 + i % 4 for i in range(8)], 5)]
     texts = [list(ids) for ids in random_rows([6 + i % 5 for i in range(14)], 11)]
     rules = [PricedCoordinates(Subspace.of(Spectrum.of(f.A, f.G), 0.8), 0.0, DAMPING) for f in known]
+    for rule in rules:
+        rule.count_unseen(0.1)
     with frozen(model), float32_masters(matrices):
         before = [matrix.weight.clone() for matrix in matrices]
         meter = DriftMeter(model, matrices, row_batches(model, texts, batch_tokens=30))
