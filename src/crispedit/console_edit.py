@@ -134,7 +134,7 @@ def print_certificate(found: dict[str, Any]) -> None:
     )
     if found["unseen"] > 0:
         out.print(
-            f"for one input of the texts {found['unseen']:.2f} that lie in all directions alike were counted",
+            f"inputs that the texts do not have, in all directions alike, counted {found['unseen']:.2f} times theirs",
             soft_wrap=True,
         )
     if found["ratio"] is not None:
