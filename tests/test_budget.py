@@ -434,10 +434,10 @@ def given():
     return read_edits("bundled:eval", limit=8), curvature
 
 
-def edited(given, budget, **settings):
+def edited(given, budget, epochs=6, **settings):
     edits, curvature = given
     bundled = load_model("bundled")
-    return edit(bundled.model, bundled.tokenizer, edits, curvature=curvature, budget=budget, epochs=6, **settings)
+    return edit(bundled.model, bundled.tokenizer, edits, curvature=curvature, budget=budget, epochs=epochs, **settings)
 
 
 def test_edits_stay_within_their_budget_and_get_better_with_it(given):
@@ -481,7 +481,7 @@ def test_drift_is_measured_in_turned_bases_too(given, monkeypatch):
 def test_auto_counts_unseen_inputs_and_says_how_much(given, monkeypatch):
     """Edits that need more than two hundredths, as eight do if REACH is large: what texts do not show is kept."""
     monkeypatch.setattr(budget_module, "REACH", 1e9)
-    results = [edited(given, "auto"), edited(given, "6%")]
+    results = [edited(given, budget, epochs=2) for budget in ("auto", "6%")]
     assert [result.metrics["budget"]["unseen"] for result in results] == pytest.approx([2 * UNSEEN, 0])
     (name,) = given[1].factors
     factors, elsewhere = given[1].factors[name], []
@@ -495,7 +495,7 @@ def test_auto_counts_unseen_inputs_and_says_how_much(given, monkeypatch):
 
 def test_budgets_of_a_frontier_count_unseen_inputs_by_their_own_size(given, monkeypatch):
     monkeypatch.setattr(budget_module, "REACH", 1e9)
-    rounds = edited(given, "auto", frontier=3).metrics["rounds"]
+    rounds = edited(given, "auto", epochs=1, frontier=3).metrics["rounds"]
     assert [each["unseen"] for each in rounds] == pytest.approx([2 * UNSEEN, UNSEEN / 2, 0])
 
 
