@@ -145,7 +145,11 @@ def check(truth, schema, base, model, tokenizer, rows):
 
 
 CASES = [
-    *((name, schema) for name in TEACHING for schema in SCHEMAS),
+    *(
+        pytest.param(name, schema, marks=pytest.mark.slow if (name, schema) == ("gpt2", "zsre") else ())
+        for name in TEACHING
+        for schema in SCHEMAS
+    ),
     ("bundled", "counterfact-rome"),
     ("bundled", "plain"),
 ]
