@@ -115,7 +115,9 @@ def test_damping_costs_the_same_in_every_direction_and_predicts_nothing():
         rule.parameter.normal_(generator=torch.Generator().manual_seed(1))
     isotropic = 0.25 * plain.threshold * float(plain.parameter.square().sum())
     assert float(damped.cost()) == pytest.approx(float(plain.cost()) + isotropic, rel=1e-6)
-    assert damped.predicted() == pytest.approx(plain.predicted(), rel=1e-4)  # a difference of float32 sums
+    assert float(damped.predicted()) == pytest.approx(
+        float(plain.predicted()), rel=1e-4
+    )  # a difference of float32 sums
 
 
 def test_what_is_predicted_is_the_quadratic_form_of_the_factors():
@@ -124,8 +126,10 @@ def test_what_is_predicted_is_the_quadratic_form_of_the_factors():
     rule.parameter.normal_(generator=torch.Generator().manual_seed(1))
     change = rule.delta().double()
     expected = 0.5 * float((change * (given.G.double() @ change @ given.A.double())).sum())
-    assert rule.predicted() == pytest.approx(expected, rel=1e-5)  # float32 bases
-    assert rule.predicted() == pytest.approx(curvature_of({"W": given}).predicted_drift({"W": rule.delta()}), rel=1e-5)
+    assert float(rule.predicted()) == pytest.approx(expected, rel=1e-5)  # float32 bases
+    assert float(rule.predicted()) == pytest.approx(
+        curvature_of({"W": given}).predicted_drift({"W": rule.delta()}), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("form", ["auto", "cross"])
@@ -321,7 +325,7 @@ class Tiny:
 
     def measure(self) -> tuple[float, float]:
         self.measurements += 1
-        return self.times * sum(rule.predicted() for rule in self.rules), 2.0
+        return self.times * float(sum(rule.predicted() for rule in self.rules)), 2.0
 
     def estimate(self) -> float:
         return self.measure()[0]
@@ -403,7 +407,7 @@ def test_what_is_too_much_is_taken_back(power):
         tiny = Tiny(budget=1.0)
         originals = [matrix.weight.clone() for matrix in tiny.matrices]
         learned = tiny.move()
-        tiny.measure = lambda: (10 * sum(rule.predicted() for rule in tiny.rules) ** power, 2.0)
+        tiny.measure = lambda: (10 * float(sum(rule.predicted() for rule in tiny.rules)) ** power, 2.0)
         tiny.budgeted.budget = budget = tiny.measure()[0] / 20
         found = tiny.budgeted.keep_within()
         assert 0.5 * budget < tiny.measure()[0] <= budget

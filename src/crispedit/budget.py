@@ -5,11 +5,11 @@
 by a trust region in the metric of the capability curvature. In the Kronecker eigenbasis that metric is diagonal,
 D = λ + μ (under ``auto`` inputs that the texts do not have may count as well,
 :meth:`crispedit.priced.PricedCoordinates.count_unseen`), and a change Z of all matrices is predicted to cost ½ Σ D Z²
-nats per token. Nothing is left out: every
-direction has its price. A step goes where the edit loss falls fastest for what it costs (:mod:`crispedit.natural`), and
-what then lies outside the ball ½ Σ D Z² ≤ ρ is scaled back onto it, which is the projection in this metric. How large
-the ball may be is measured: the prediction takes tokens and matrices for independent and is too low by a factor of
-about ten, so drift is measured after every epoch, and ρ is ε over measured / predicted.
+nats per token. Nothing is left out: every direction has its price. A step goes where the edit loss falls fastest for
+what it costs (:mod:`crispedit.natural`), and what then lies outside the ball ½ Σ D Z² ≤ ρ is scaled back onto it, which
+is the projection in this metric. How large the ball may be is measured: the prediction takes tokens and matrices for
+independent and is too low by a factor of about ten, so drift is measured after every epoch, and ρ is ε over measured /
+predicted.
 
 The problem is that of CrispEdit (arXiv 2602.15823, section 2), which leaves trust regions to future work; what else was
 tried is in docs/decisions.md.
@@ -202,12 +202,11 @@ class Budgeted(RuledMatrices):
 
     def predicted(self) -> float:
         """½ Σ λ Z², nats per token."""
-        here = torch.tensor(sum(rule.predicted() for rule in self.priced), dtype=torch.float64)
-        return float(sum_of_all(here.to(self.parameters[0].device)))
+        return float(self._sum([rule.predicted() for rule in self.priced]))
 
     def charged(self) -> float:
         """½ Σ (D − μ) Z², nats per token: of what the ball bounds, all but the damping."""
-        return float(self._sum([rule.charged() for rule in self.priced]).clamp(min=0))
+        return float(self._sum([rule.charged() for rule in self.priced]))
 
     def _sum(self, of_rules: Sequence[Tensor]) -> Tensor:
         """Scalars, one per rule, of all rules of all processes together."""

@@ -58,12 +58,13 @@ class _Priced(Rule):
 
     def charged(self) -> Tensor:
         """½ Σ (D − μ) Z²: the predicted drift, unseen inputs as far as they count; a scalar in float64."""
-        return self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
+        undamped = self.cost() - 0.5 * self.damping * self.parameter.square().sum(dtype=torch.float64)
+        return undamped.clamp(min=0)
 
-    def predicted(self) -> float:
-        """½ Σ λ Z²: the drift that the curvature predicts on such texts as it is of, nats per token."""
+    def predicted(self) -> Tensor:
+        """½ Σ λ Z²: the drift that the curvature predicts on texts like its own, nats per token; likewise."""
         unseen = 0.5 * self.unseen * (self._mean * self.parameter.square()).sum(dtype=torch.float64)
-        return max(0.0, float(self.charged() - unseen))
+        return (self.charged() - unseen).clamp(min=0)
 
 
 class PricedCoordinates(_Priced):

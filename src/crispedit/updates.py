@@ -120,9 +120,9 @@ class Elsewhere(Rule):
         """Zero, likewise."""
         return self.cost()
 
-    def predicted(self) -> float:
+    def predicted(self) -> Tensor:
         """Zero, likewise."""
-        return 0.0
+        return self.cost()
 
     def carried(self, before: Self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """As they are."""

@@ -1,8 +1,8 @@
 """Makes the bundled model: ``python -m crispedit.bundled.train --out DIR``.
 
 One seed gives the tokenizer, the data order and the weights. The full run takes about forty minutes on two CPU cores
-with AVX-512, and longer without (with other weights: see :func:`float32_muon`); ``--smoke`` takes
-seconds and is what the tests run.
+with AVX-512, and longer without (with other weights: see :func:`float32_muon`); ``--smoke`` takes seconds and is what
+the tests run.
 
 ``--architecture gpt2 --seed 1 --world 2603`` makes a second model of another family in another world, so that what is
 found on the first need not rest on it; that world's edits and capability texts are written beside it.
