@@ -12,7 +12,7 @@ import torch
 
 from crispedit.models import LoadedModel, load_model
 
-torch.cpu._is_amx_tile_supported = lambda: False
+torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
 """Steps are float32 on every CPU, so that tolerances hold on every CPU; tests of mixed precision ask for it."""
 
 

@@ -16,7 +16,7 @@ STAGES = ["factors", "training", "budget", "evaluation", "sharded"]
 
 
 def run(scenarios: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
-    """Runs scenarios one after the other; how they went, by name."""
+    """Runs scenarios one after the other, lanes of them side by side; how they went, by name."""
     file = directory / "scenarios.json"
     file.write_text(json.dumps([{"directory": str(directory), **scenario} for scenario in scenarios]))
     subprocess.run([sys.executable, together.__file__, str(file)], check=True, timeout=600)

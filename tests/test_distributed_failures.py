@@ -20,7 +20,7 @@ EDIT = f"edit model edits.json {SETTINGS} --out"
 EVALUATE = "evaluate whole edits.json --base model --texts texts.txt --json"
 CURVATURE = "curvature model --texts texts.txt --layers 1,2 --out"
 
-ACCIDENTS = [  # each is begun where the one before was ended
+ACCIDENTS = [  # each is begun where the one before was ended, but that whose model is there already
     {"name": "curvature", "command": f"{EDIT} resumed", "accident": "die", "place": "curvature", "rank": 0},
     {"name": "three", "command": f"{CURVATURE} x", "accident": "die", "place": "curvature", "rank": 0, "size": 3},
     {"name": "edit", "command": f"{EDIT} resumed", "accident": "die", "place": "edit", "rank": 1},
@@ -49,20 +49,29 @@ def ended(tmp_path_factory):
         prepare(root / "hosts" / f"host{rank}", rows)
     (root / "hosts" / "host1" / "texts.txt").write_text("\n\n".join(TEXTS[1:]))
     own = [{"CRISPEDIT_CACHE": str(root / "cache" / name)} for name in ("whole", "resumed", "sharded", "again")]
-    scenarios = [
-        {"name": "whole", "command": f"{EDIT} whole", "env": own[0]},
-        *({**scenario, "env": own[1]} for scenario in ACCIDENTS),
-        {**DISK, "env": own[0]},
-        {"name": "resumed", "command": f"{EDIT} resumed", "env": own[1]},
-        {"name": "evaluated", "command": f"{EVALUATE} evaluated.json", "env": own[1]},
-        {"name": "texts", "command": f"{CURVATURE} out", "env": own[0], "directory": str(root / "hosts")},
-        {"name": "session", "command": "session init model s"},
-        {"name": "ask", "command": "ask model Hello"},
-        {"name": "sharded", "command": f"{EDIT} sharded --shard", "env": own[2]},
-        {**ACCIDENTS[0], "name": "shard killed", "command": f"{EDIT} again --shard", "env": own[3]},
-        {"name": "again", "command": f"{EDIT} again --shard", "env": own[3]},
-        {"name": "hosts", "command": f"{EDIT} out", "env": own[0], "directory": str(root / "hosts")},
-    ]
+    *begun, evaluate = ACCIDENTS
+    lanes = {  # what goes on with something, or takes an edited model, follows it
+        "whole": [
+            {"name": "whole", "command": f"{EDIT} whole", "env": own[0]},
+            {**DISK, "env": own[0]},
+            {**evaluate, "env": own[0]},
+            {"name": "evaluated", "command": f"{EVALUATE} evaluated.json", "env": own[0]},
+            {"name": "texts", "command": f"{CURVATURE} out", "env": own[0], "directory": str(root / "hosts")},
+            {"name": "hosts", "command": f"{EDIT} out", "env": own[0], "directory": str(root / "hosts")},
+            {"name": "session", "command": "session init model s"},
+            {"name": "ask", "command": "ask model Hello"},
+            {"name": "sharded", "command": f"{EDIT} sharded --shard", "env": own[2]},
+        ],
+        "resumed": [
+            *({**scenario, "env": own[1]} for scenario in begun),
+            {"name": "resumed", "command": f"{EDIT} resumed", "env": own[1]},
+        ],
+        "again": [
+            {**ACCIDENTS[0], "name": "shard killed", "command": f"{EDIT} again --shard", "env": own[3]},
+            {"name": "again", "command": f"{EDIT} again --shard", "env": own[3]},
+        ],
+    }
+    scenarios = [{"lane": lane, **scenario} for lane, some in lanes.items() for scenario in some]
     return root, run([{"size": 2, **scenario} for scenario in scenarios], root)
 
 

@@ -10,6 +10,7 @@ from crispedit.checkpoint import load_edited, read_back, round_to, write_model
 from crispedit.editing import edit
 from crispedit.edits import edits_from_rows
 from crispedit.errors import ArtifactError, EditFailed
+from crispedit.hardware import emulates_bfloat16
 from crispedit.inputs import capability_texts, read_edits
 from crispedit.models import edit_matrices, load_model
 from crispedit.rows import Prompter
@@ -49,7 +50,7 @@ def test_the_proof(result):
 
 
 @pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    emulates_bfloat16(),
     reason="without AVX-512 products in bfloat16 take eight times as long; nobody would want them",
 )
 def test_mixed_precision_does_not_move_the_quality_of_an_edit():

@@ -1,6 +1,7 @@
 """Every family, from its matrices to an edited checkpoint in which nothing else changed; and what is refused."""
 
 import json
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -14,12 +15,14 @@ from crispedit.editing import edit
 from crispedit.errors import ConfigError, ModelError
 from crispedit.generation import answers
 from crispedit.models import (
+    _say_that_float32_is_faster,
     decoder_blocks,
     default_layers,
     edit_matrices,
     fingerprint,
     frozen,
     load_model,
+    load_skeleton,
     parse_layers,
 )
 from crispedit.rows import Prompter
@@ -376,6 +379,19 @@ def test_a_model_is_loaded_as_it_was_stored_or_as_asked(stored, options, compute
     assert not loaded.model.training
     if stored.itemsize <= computes.itemsize:  # a wider dtype holds the same numbers
         assert fingerprint(loaded.model) == fingerprint(tiny_model("llama", dtype=stored))
+
+
+@pytest.mark.parametrize(
+    ("emulated", "options", "said"), [(True, {}, 1), (True, {"dtype": "bfloat16"}, 0), (False, {}, 0)]
+)
+def test_where_float32_is_faster_that_is_said_once(emulated, options, said, checkpoint, monkeypatch, caplog):
+    monkeypatch.setattr("crispedit.models.emulates_bfloat16", lambda: emulated)
+    _say_that_float32_is_faster.cache_clear()
+    base = checkpoint(dtype=BFLOAT16)
+    with caplog.at_level(logging.INFO, "crispedit"):
+        for load in (load_model, load_skeleton):
+            load(base, device="cpu", **options)
+    assert sum("--dtype float32 is faster" in record.message for record in caplog.records) == said
 
 
 def test_a_model_spread_by_a_device_map_can_be_edited(checkpoint, tmp_path):

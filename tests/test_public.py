@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
-    "_version errors settings ranks memory progress artifacts heartbeat distributed store isolated statistics "
+    "_version errors settings hardware ranks memory progress artifacts heartbeat distributed store isolated statistics "
     "endpoint workers replies bundled edits shapes offload models ownership sharding texts threshold eigen moments "
     "patch spectrum subspace completion rotation updates priced rule_choice adam pieces factors description halves "
     "spectra curvature_file curvature merging history cache rows forward costs speed room replay remembered precision "

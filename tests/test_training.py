@@ -485,18 +485,20 @@ def test_mixed_precision_gives_the_same_edit(family, dtype):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "amx", "mixed"),
+    ("precision", "dtype", "has", "mixed"),
     [
-        ("auto", torch.float32, False, False),
-        ("auto", torch.float32, True, True),
-        ("auto", torch.bfloat16, True, True),
-        ("auto", torch.float16, True, False),
-        ("float32", torch.float32, True, False),
-        ("bfloat16", torch.float32, False, True),
+        ("auto", torch.float32, None, False),
+        ("auto", torch.float32, "amx_tile", True),
+        ("auto", torch.float32, "avx512_bf16", True),
+        ("auto", torch.bfloat16, "amx_tile", True),
+        ("auto", torch.float16, "amx_tile", False),
+        ("float32", torch.float32, "amx_tile", False),
+        ("bfloat16", torch.float32, None, True),
     ],
 )
-def test_mixed_precision_is_used_where_the_hardware_has_it(monkeypatch, precision, dtype, amx, mixed):
-    monkeypatch.setattr("crispedit.precision.torch.cpu._is_amx_tile_supported", lambda: amx)
+def test_mixed_precision_is_used_where_the_hardware_has_it(monkeypatch, precision, dtype, has, mixed):
+    if has:
+        monkeypatch.setattr(torch.cpu, f"_is_{has}_supported", lambda: True)
     assert mixed_precision(precision, dtype, torch.device("cpu")) is mixed
 
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ from transformers.pytorch_utils import Conv1D
 from . import distributed, ranks
 from .bundled import MODEL_DIRECTORY
 from .errors import ConfigError, ModelError, did_you_mean
+from .hardware import emulates_bfloat16
 from .offload import State, check_place, name_devices, waiting
+from .progress import log
 from .shapes import shape_config
 
 BUNDLED = "bundled"
@@ -236,7 +239,18 @@ def _computing_dtype(stored: torch.dtype, dtype: str, target: torch.device | Non
     """What a model computes in: what was asked for, or what is stored; no float16 on a CPU."""
     wanted = stored if dtype == "auto" else DTYPES[dtype]
     on_cpu = target is not None and target.type == "cpu"
+    if on_cpu and dtype == "auto" and wanted == torch.bfloat16 and emulates_bfloat16():
+        _say_that_float32_is_faster()
     return torch.float32 if wanted == torch.float16 and on_cpu else wanted
+
+
+@cache
+def _say_that_float32_is_faster() -> None:
+    """Once, however many models are loaded."""
+    log.info(
+        "the model is stored in bfloat16, which this CPU multiplies many times slower than float32: "
+        "--dtype float32 is faster, and takes twice the memory"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import check_choice
+from .hardware import multiplies_bfloat16
 from .models import EditMatrix
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -60,7 +61,8 @@ def mixed_precision(precision: Precision, dtype: torch.dtype, device: torch.devi
 
     Args:
         precision: ``bfloat16``, ``float32`` (the model's own dtype, that is), or ``auto``: bfloat16 where the
-            hardware multiplies such matrices faster, a GPU from Ampere on or a CPU with AMX; never for a float16 model.
+            hardware multiplies such matrices faster (:func:`crispedit.hardware.multiplies_bfloat16`); never for a
+            float16 model.
         dtype: The model's.
         device: That it is on.
 
@@ -73,6 +75,4 @@ def mixed_precision(precision: Precision, dtype: torch.dtype, device: torch.devi
     check_choice("precision", precision, get_args(Precision))
     if precision != "auto" or dtype == torch.float16:
         return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return multiplies_bfloat16(device)

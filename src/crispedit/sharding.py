@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from . import distributed, ranks
 from .errors import ConfigError
@@ -40,6 +38,9 @@ def shard_model(model: Any, matrices: Sequence[EditMatrix], device: torch.device
         matrices: Those that will be edited, which stay whole.
         device: Of this process.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # half a second, which nobody else need wait for
+
     modules = [matrix.module for matrix in matrices]
     kept = {p for module in modules for p in module.parameters(recurse=False)}  # a bias is seen in other bases too
     for parameter in kept:

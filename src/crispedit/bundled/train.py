@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..hardware import emulates_bfloat16
 from . import abilities, corpus, world
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -234,10 +235,9 @@ def float32_muon() -> AbstractContextManager[Any]:
     Returns:
         A context that changes nothing on other CPUs.
     """
-    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if there and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return nullcontext()
-    return mock.patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor.float().clone())
+    if emulates_bfloat16():
+        return mock.patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor.float().clone())
+    return nullcontext()
 
 
 @torch.no_grad()
