@@ -60,14 +60,15 @@ def one_process() -> None:
 
 def several_processes() -> None:
     """Prints what one of several processes takes."""
-    print("| shape | processes | method | GB peak | in stage | TFLOP of one | of all | fits |")
-    print("|---" * 8 + "|")
+    print("| shape | processes | method | GB peak | in stage | TFLOP of one | of all | GB moved | fits |")
+    print("|---" * 9 + "|")
     for shape, processes, shard, layers in SEVERAL:
         count = f"{processes}{', sharded' if shard else ''}{f', block {layers}' if layers else ''}"
         for name, method in methods(shape, processes, shard, layers).items():
-            one, of_all = (sum(stage[key] for stage in method["stages"].values()) for key in ("flops", "flops_of_all"))
+            keys = ("flops", "flops_of_all", "moved_bytes")
+            one, of_all, moved = (sum(stage[key] for stage in method["stages"].values()) for key in keys)
             cells = [shape, count, name, gigabytes(method["peak_bytes"]), method["peak_stage"]]
-            cells += [teraflops(one), teraflops(of_all), smallest(method["fits"])]
+            cells += [teraflops(one), teraflops(of_all), gigabytes(moved), smallest(method["fits"])]
             print("| " + " | ".join(cells) + " |", flush=True)
 
 

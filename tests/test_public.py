@@ -21,7 +21,7 @@ LAYERS = (
     "spectra curvature_file curvature merging history cache rows forward costs speed room replay remembered precision "
     "training natural generation capability drift_meter budget editors judge grading llm_judge wild teacher_forced "
     "live benchmarks untouched harness_tasks harness harness_job tasks checkpoint adapter proof certificate editing "
-    "evaluation processes assumed workload stages planning methods typical session plot frontier inputs edit_job "
+    "evaluation processes moved assumed workload stages planning methods typical session plot frontier inputs edit_job "
     "mend_job evaluate_job plan_job session_evaluation demo session_plot tradeoff scatter experiments comparing "
     "paired report_definitions report_verdict report_curvature report report_markdown report_html console "
     "console_evaluation console_edit console_plan console_session console_second_order options evaluate_cli lenet_cli "

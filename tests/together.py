@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -348,6 +349,43 @@ def _arrange(accident: str, place: str) -> None:
         editing.read_back = changed  # it has it by name
 
 
+# ---------------------------------------------------------------- what moves
+
+IN_STAGE = {
+    "estimate": "curvature", "_subspaces": "diagonalise", "train_rules": "edit", "_edit_and_prove": "proof",
+    "save": "save",
+}  # fmt: skip
+"""Functions of crispedit by the stage of a plan that they are; the innermost counts."""
+COLLECTIVES: tuple[tuple[Any, str], ...] = (
+    (dist, "all_reduce"), (dist, "reduce"), (dist, "broadcast"), (dist, "all_gather_single"),
+    (funcol, "all_gather_single"),
+)  # fmt: skip
+
+
+def _count(moved: dict[str, int]) -> None:
+    """From now on counts the bytes that collectives leave, by stage."""
+
+    def stage() -> str:
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_name in IN_STAGE and "crispedit" in frame.f_code.co_filename:
+                return IN_STAGE[frame.f_code.co_name]
+            frame = frame.f_back
+        return "else"
+
+    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **named: Any) -> Any:
+            result = collective(*given, **named)
+            left = result if isinstance(result, Tensor) else given[0]
+            moved[stage()] = moved.get(stage(), 0) + left.nbytes
+            return result
+
+        return counted
+
+    for module, name in COLLECTIVES:
+        setattr(module, name, counting(getattr(module, name)))
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -370,6 +408,9 @@ def _child(scenario: dict[str, Any], rank: int, port: int) -> NoReturn:
     os.chdir(directory / f"host{rank}" if (directory / f"host{rank}").is_dir() else directory)
     factors_module.SAVE_SECONDS, factors_module.SAVE_TIMES = 0.0, 0
     halves.text_batches = partial(text_batches, batch_tokens=160)  # several for each
+    moved: dict[str, int] = {}
+    if scenario.get("counted"):
+        _count(moved)
     if rank == scenario.get("rank"):
         _arrange(scenario["accident"], scenario["place"])
     if "stages" in scenario:
@@ -381,6 +422,8 @@ def _child(scenario: dict[str, Any], rank: int, port: int) -> NoReturn:
         cli.main(scenario["command"].split())
     except SystemExit as ended:
         sys.stdout.flush()
+        if moved:
+            (directory / f"{scenario['name']}.{rank}.out").write_text(json.dumps(moved))
         os._exit(ended.code if isinstance(ended.code, int) else 1)
 
 
@@ -389,7 +432,8 @@ def run_together(scenario: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         scenario: ``name``, ``size``, ``directory``; ``stages`` or the ``command`` of crispedit; perhaps an ``accident``
-            at a ``place`` of a ``rank``, and variables for the environment.
+            at a ``place`` of a ``rank``, and variables for the environment. If it is ``counted``, its standard output
+            is what has moved, by stage, in bytes.
 
     Returns:
         ``statuses`` by rank (negative: the signal), ``seconds`` from the first end to the last, and what they ``said``

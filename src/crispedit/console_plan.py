@@ -27,10 +27,15 @@ def print_plan(plan: "Plan", title: str) -> None:
     for (d_out, d_in), layers in shapes.items():
         name = plan.matrices[0][0].split(".", 1)[-1].rpartition(".")[0].split(".")[-1]
         out.print(f"edited: {name} of layers {', '.join(layers)}, {d_out} × {d_in} each", soft_wrap=True)
+    flops, moved = (sum(getattr(stage, what) for stage in plan.stages) for what in ("flops", "moved"))
+    header = ["stage", "peak memory", "TFLOP", "time"]
     rows = [[stage.name, size(stage.num_bytes), tera(stage.flops), duration(stage.seconds)] for stage in plan.stages]
-    flops = sum(stage.flops for stage in plan.stages)
     rows.append(["in all", size(plan.peak.num_bytes), tera(flops), duration(plan.seconds)])
-    print_table(title, ["stage", "peak memory", "TFLOP", "time"], rows)
+    if plan.processes.size > 1:
+        header.append("moved")
+        for row, num_bytes in zip(rows, [*(stage.moved for stage in plan.stages), moved], strict=True):
+            row.append(size(num_bytes) if num_bytes else "–")
+    print_table(title, header, rows)
     out.print("disk: " + "; ".join(f"{name} {size(taken)}" for name, taken in plan.disk.items()), soft_wrap=True)
     settings = plan.settings
     dtype = str(settings.dtype).removeprefix("torch.")

@@ -257,7 +257,7 @@ def _notes(processes: Processes, plan: Plan) -> list[str]:
         return ["blocks below the first edited one wait elsewhere; times leave out what is brought from there"]
     if processes.size == 1:
         return []
-    notes = [f"numbers are those of one of {processes.size} processes; times leave out what moves between them"]
+    notes = [f"numbers are those of one of {processes.size} processes; times leave out how long what moves takes"]
     if processes.shard and plan.settings.save == "model":
         notes.append("saving puts the whole model together in the main memory of rank 0")
     return notes

@@ -108,11 +108,23 @@ class Processes:
             return max(map(_numbers, _below(model, matrices)), default=0) * dtype.itemsize
         if not self.shard:
             return 0
+        *blocks, rest = self.divided(model, matrices)
+        return (rest + sum(sorted(blocks, reverse=True)[:GATHERED])) * dtype.itemsize
+
+    def divided(self, model: Any, matrices: Sequence[EditMatrix]) -> list[int]:
+        """Numbers of parameters that a divided model is put together of: of every block, then of what is in none.
+
+        Args:
+            model: A causal LM, on any device; ``meta`` will do.
+            matrices: What is edited, which every process has whole.
+
+        Returns:
+            One for each block, and the last.
+        """
         whole = _kept_whole(matrices)
         blocks = [set(block.parameters()) - whole for block in decoder_blocks(model)[1]]
         rest = set(model.parameters()).difference(whole, *blocks)
-        largest = sorted(map(_numbers, blocks), reverse=True)[:GATHERED]
-        return (_numbers(rest) + sum(largest)) * dtype.itemsize
+        return [*map(_numbers, blocks), _numbers(rest)]
 
 
 ALONE = Processes()

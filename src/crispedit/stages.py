@@ -41,6 +41,7 @@ from .forward import BatchSize, batch_size, rounded_up
 from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
+from .moved import Moved
 from .pieces import tokens_at_once
 from .replay import checked_rows, recorded_together
 from .room import MEMORY_SHARE
@@ -71,6 +72,7 @@ class Stage:
         num_bytes: Of memory at its peak, all that earlier stages leave included; of the process that takes the most.
         flops: Matrix products of the process that has the most of them.
         flops_of_all: Those of all processes.
+        moved: Bytes that move between this process and the others (:mod:`crispedit.moved`).
         seconds: An estimate, without what moves between processes; ``None`` where the machine was not measured.
     """
 
@@ -78,6 +80,7 @@ class Stage:
     num_bytes: int
     flops: int
     flops_of_all: int
+    moved: int
     seconds: float | None
 
     def record(self) -> dict[str, Any]:
@@ -86,6 +89,7 @@ class Stage:
             "bytes": self.num_bytes,
             "flops": self.flops,
             "flops_of_all": self.flops_of_all,
+            "moved_bytes": self.moved,
             "seconds": self.seconds,
         }
 
@@ -118,6 +122,7 @@ class Planner:
         self.resident = self.factors if work.on_cpu or not (work.processes.shard or work.known) else 0
         self.spectra = sum(choice.spectrum_bytes for choice in self.choices)
         self.processes = work.processes
+        self.moved = Moved(work.processes, work.model, self.matrices, settings.dtype)
         by_size = self.processes.owned(self.choices, [d_out * d_in for d_out, d_in in self.shapes])
         self.own: Sequence[Choice] = max(by_size, key=_entries)
         self.own_entries = _entries(self.own)
@@ -168,7 +173,11 @@ class Planner:
         of_all = texts_flops(work.model, self.matrices, lengths, kind=kind).total
         of_all += _described_flops(self._describing(self.shapes))
         total = flops.total + _described_flops((eigh, products))
-        return self._stage("curvature", self.held + self.factors + max(passing, merging), total, seconds, of_all)
+        passes = sum(self.processes.part(len(half)) for half in work.halves)
+        # beside the passes, all weights are put together once, to be hashed
+        moved = self.moved.exchanged(len(work.halves) * self.factors) + self.moved.texts(passes) + self.moved.forward(1)
+        num_bytes = self.held + self.factors + max(passing, merging)
+        return self._stage("curvature", num_bytes, total, seconds, of_all, moved)
 
     def _passing(self) -> float:
         """Bytes of the largest batch of texts in the pass; 0 without one."""
@@ -236,7 +245,7 @@ class Planner:
         brought = 0 if self.resident else max(factor_bytes([shape], self.settings.kind) for shape in self.shapes)
         num_bytes = self.held + self.resident + self.spectra + self._after(working + brought)
         flops, of_all = (sum(choice.total_flops for choice in some) for some in (mine, choices))
-        return self._stage("diagonalise", num_bytes, flops, seconds, of_all)
+        return self._stage("diagonalise", num_bytes, flops, seconds, of_all, self.moved.exchanged(self.spectra))
 
     def _step(self) -> StepFlops:
         """A step of mean size, of one process."""
@@ -304,7 +313,12 @@ class Planner:
             seconds += 2 * self._pass_seconds([len(row.ids) for row in shown], logits=targets)
             seconds += self.steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
             seconds += metering.seconds if metering else 0.0
-        return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all)
+        # float32 gradients to the owners of matrices, which come from there, once more at the end; two passes that a
+        # replay is held against
+        moved = self.moved.exchanged(4 * (2 * self.steps + 1) * self.entries) + self.moved.below(len(work.recording()))
+        moved += self.moved.steps(self.steps) + self.moved.forward(2)
+        moved += metering.moved if metering else 0
+        return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all, moved)
 
     def _metering(self) -> "_Metering":
         """What measuring drift takes while an edit keeps within a budget (:mod:`crispedit.drift_meter`).
@@ -328,7 +342,7 @@ class Planner:
         if self.speed is not None:
             below = len(self.blocks) - self.above
             seconds += sum(below * self.speed.forward(self._alike(size.computed, size.pairs)) for size in recorded)
-        remembered = 0
+        remembered, moved = 0, self.moved.below(len(recorded))
         for groups, times in ((whole, 2 + -(-epochs // WHOLE)), (sample, epochs)):
             sizes = [batch_size(group, None) for group in groups]
             remembered += sum(size.labels for size in sizes)
@@ -338,6 +352,7 @@ class Planner:
             logits = head * sum(size.labels for size in sizes)
             flops += (1 + times) * (blocks + 2 * (logits + 2 * head * len(sizes))) + logits
             seconds += (1 + times) * sum(map(self._metered_seconds, sizes))
+            moved += self.moved.above((1 + times) * len(sizes))
         width = int(text_config(work.model).hidden_size)
         kept = recorded_bytes(work.model, self.matrices, sum(s.tokens for s in recorded), self.settings.dtype)
         kept += remembered * width * self.settings.dtype.itemsize
@@ -347,6 +362,7 @@ class Planner:
             working_bytes=max(LOGIT_COPIES * self._logit_bytes(largest), self._checked_bytes(every) if every else 0),
             flops=flops,
             seconds=seconds,
+            moved=moved,
         )
 
     def _checked_bytes(self, lengths: Sequence[int]) -> int:
@@ -414,7 +430,10 @@ class Planner:
         flops = self._proof_flops(asked, [*texts, *read], later, later_drafts)
         of_all = self._proof_flops(work.prompts, [*work.held_out, *reading], later, drafts)
         of_all *= self.processes.size // self.processes.asking
-        return self._stage("proof", held + self._after(transient), flops, seconds, of_all)
+        passes = int((1 + UNDECIDED) * len(asked) * (1 + MAX_NEW_TOKENS)) + later * len(later_drafts)
+        moved = self.moved.forward(passes + 2 * (len(texts) + len(read)))
+        moved += self.moved.exchanged(self.settings.dtype.itemsize * self.entries)  # all have the first one's matrices
+        return self._stage("proof", held + self._after(transient), flops, seconds, of_all, moved)
 
     def _proof_flops(
         self,
@@ -455,7 +474,8 @@ class Planner:
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
         if self.processes.shard:
             whole = self.weights if work.on_cpu else 0
-            return self._stage("save", num_bytes + self._after(0) + whole, 0, self.stored / WRITE_RATE)
+            moved = self.moved.forward(1)
+            return self._stage("save", num_bytes + self._after(0) + whole, 0, self.stored / WRITE_RATE, moved=moved)
         # rounded to another dtype the weights are copied once to be written, and again to be asked
         converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
         second = max(converted, self.weights) if work.on_cpu else converted
@@ -503,7 +523,7 @@ class Planner:
         return seconds + self.speed.logits(heads * positions * head_flops(self.work.model), together)
 
     def _stage(
-        self, name: str, num_bytes: float, flops: int, seconds: float | None, of_all: int | None = None
+        self, name: str, num_bytes: float, flops: int, seconds: float | None, of_all: int | None = None, moved: int = 0
     ) -> Stage:
         """A stage; of work that one process does, those are the flops of all."""
         return Stage(
@@ -511,6 +531,7 @@ class Planner:
             num_bytes=int(num_bytes),
             flops=int(flops),
             flops_of_all=int(flops if of_all is None else of_all),
+            moved=moved,
             seconds=seconds if self.speed else None,
         )
 
@@ -531,12 +552,13 @@ class Planner:
 
 @dataclass(frozen=True, kw_only=True)
 class _Metering:
-    """What measuring drift takes during an edit: bytes that are kept, and while it is measured; flops and seconds."""
+    """What measuring drift takes during an edit: bytes that are kept, while it is measured, and that move; the rest."""
 
     kept_bytes: int
     working_bytes: int
     flops: int
     seconds: float
+    moved: int
 
 
 def _entries(choices: Sequence[Choice]) -> int:
