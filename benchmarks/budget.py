@@ -8,12 +8,14 @@
 
 Every run edits a fresh copy of the bundled model, or of another with texts of its own, with a seeded sample of the
 edits: within a budget (ten of them, by factors of two), by the trust region or by a mechanism that lost
-(``mechanisms.py``); off a hard mask at an energy γ, with the rate that ``auto`` finds; and by plain fine-tuning. Asked
-without context are 200 of the edits. Drift is measured on the held-out texts, which a budget is kept on, and on others
-of the same kind, which nobody has seen. Finished runs are appended to --out and not repeated; the table compares every
-budget's run with the best γ that drifts no more. --json has a list of the runs within budgets.
+(``mechanisms.py``); off a hard mask at an energy γ, with the rate that ``auto`` finds; and by plain fine-tuning.
+Asked without context are 200 of the edits. Drift is measured on the held-out texts, which a budget is kept on, and
+on others of the same kind, which nobody has seen. Finished runs are appended to --out and not repeated; the table
+compares every budget's run with the best γ that drifts no more, and lines below it say what was kept and used.
+--json has a list of the runs within budgets.
 """
 
+import itertools
 import math
 import random
 import statistics
@@ -207,6 +209,40 @@ def beside_energies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the trust region's runs show, per model and number of edits, in a line each."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["mechanism"] == TRUST_REGION:
+            groups.setdefault((row["model"], row["size"]), []).append(row)
+    return [f"{Path(model).name}, {size} edits: {_verdict(some, rows)}" for (model, size), some in groups.items()]
+
+
+def _verdict(some: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
+    """Of the runs of a model within budgets: what is kept, what is used, and how a fixed γ compares."""
+    within = sum(row["drift"] <= row["value"] for row in some)
+    fresh = max(row["fresh_drift"] / row["value"] for row in some)
+    used = [row["drift"] / row["value"] for row in some if row["reliability"] < 100]
+    by_budget: dict[float, list[float]] = {}
+    for row in some:
+        by_budget.setdefault(row["value"], []).append(row["reliability"] + row["generalization"])
+    success = [statistics.mean(by_budget[budget]) / 2 for budget in sorted(by_budget)]
+    falls = max((one - other for one, other in itertools.pairwise(success)), default=0.0)
+    rivals = [(row, rival) for row in some if (rival := _rival(row, rows)) is not None]
+    lost = [
+        row["reliability"] + row["generalization"] - rival["reliability"] - rival["generalization"]
+        for row, rival in rivals
+    ]
+    worse = sum(gap < 0 for gap in lost)
+    return (
+        f"{within} of {len(some)} within their budget, at most {fresh:.2f} of it on other texts; "
+        + (f"{min(used):.0%} to {max(used):.0%} used in the {len(used)} with unmet edits; " if used else "")
+        + f"from one budget to the next success (means over seeds) falls by {max(0.0, falls):.2f} at most; "
+        f"in {worse} of {len(rivals)} a fixed γ that drifts no more does better"
+        + (f" (by {-min(lost) / 2:.2f} at most)" if worse else "")
+    )
+
+
 def main() -> None:
     """Runs what is missing, and prints the table."""
     parser = runs.options(__doc__)
@@ -222,14 +258,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.table is not None:
-        print(table(runs.read(args.table)))
+        found = runs.read(args.table)
+        print("\n".join([table(found), "", *verdicts(found)]))
         return
     bench = Bench(args.model, args.edits, args.texts, args.samples)
     for case in cases(args):
         if not any(case.items() <= row.items() for row in runs.read(args.out)):
             runs.record(args.out, case, lambda case=case: bench.run(case))  # type: ignore[misc]
     found = runs.read(args.out)
-    print(table(found))
+    print("\n".join([table(found), "", *verdicts(found)]))
     if args.json is not None:
         write_json(args.json, beside_energies(found))
 
