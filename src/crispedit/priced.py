@@ -13,13 +13,13 @@ from torch import Tensor
 from .errors import ConfigError
 from .subspace import Subspace
 from .threshold import energy_threshold
-from .updates import ROTATION, Elsewhere, Rule, leading_counts, leading_frame, not_carried, turned_moments
+from .updates import ROTATION, BaseRule, Elsewhere, leading_counts, leading_frame, not_carried, turned_moments
 
 PRICE = 0.01
 """What ``priced`` asks by default: see docs/decisions.md."""
 
 
-class _Priced(Rule):
+class _Priced(BaseRule):
     """Coordinates that are all free, and pulled back by what they cost; see :class:`PricedCoordinates`.
 
     Args:

@@ -61,7 +61,7 @@ class UpdateRule(Protocol):
         """
 
 
-class Rule:
+class BaseRule:
     """What most rules have in common."""
 
     frame: Frame | None = None
@@ -70,7 +70,7 @@ class Rule:
         """Nothing is done after a step."""
 
 
-class Unconstrained(Rule):
+class Unconstrained(BaseRule):
     """Adam on W itself: plain fine-tuning. The parameter is ΔW."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Unconstrained(Rule):
         return mean, square
 
 
-class Elsewhere(Rule):
+class Elsewhere(BaseRule):
     """The rule of a matrix that another process trains: the bases that all see it in, and no numbers.
 
     Args:
@@ -129,7 +129,7 @@ class Elsewhere(Rule):
         return mean, square
 
 
-class Coordinates(Rule):
+class Coordinates(BaseRule):
     """W = W₀ + U_G (M ⊙ Z) U_Aᵀ, Adam on Z: its moments live in the Kronecker eigenbasis."""
 
     def __init__(self, subspace: Subspace) -> None:
@@ -150,7 +150,7 @@ class Coordinates(Rule):
         return self.subspace.mask * mean, square
 
 
-class LeadingCoordinates(Rule):
+class LeadingCoordinates(BaseRule):
     """W = W₀ + Q_G (M ⊙ Z) Q_Aᵀ off a cross, Adam on Z: coordinates in bases that begin with the leading eigenvectors.
 
     What they are completed with is whatever is cheap (:mod:`crispedit.completion`): of an eigenvector that is not
@@ -231,7 +231,7 @@ def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int,
     return r, max(c, min(known_of_A, int(left / (8 * d_in))))
 
 
-class Filter(Rule):
+class Filter(BaseRule):
     """W = W₀ + U_G (F ⊙ Z) U_Aᵀ with F_ij = μ / (λ_ij + μ), μ the threshold τ: a soft mask, Adam on Z.
 
     A step of Adam in Z shrunk by F minimises its linear model plus λ / 2μ times its square: the quadratically
@@ -257,7 +257,7 @@ class Filter(Rule):
         return turned_moments(before.subspace.spectrum, self.subspace.spectrum, mean, square)
 
 
-class Projected(Rule):
+class Projected(BaseRule):
     """W = W₀ + P(D), Adam on D with the projected gradient; needs no coordinates, so the top of a spectrum will do."""
 
     def __init__(self, subspace: Subspace) -> None:

@@ -31,7 +31,7 @@ from ..updates import ROTATION, Elsewhere, Update, UpdateRule
 from ._gradient import PUBLISHED, RuledConfig, train_in, train_rules, unconstrained
 from .base import EditProblem, Presets, Round
 
-Rule = TypeVar("Rule")
+Made = TypeVar("Made", bound=UpdateRule)
 
 
 class SubspaceConfig(RuledConfig):
@@ -76,10 +76,10 @@ class SubspaceConfig(RuledConfig):
         curvature: Curvature,
         matrices: Sequence[EditMatrix],
         update: Update | Literal["auto"],
-        rule: Callable[[Subspace], Rule],
-    ) -> list[Rule | Elsewhere]:
+        rule: Callable[[Subspace], Made],
+    ) -> list[Made | Elsewhere]:
         """A rule for every matrix that this process trains, made of its subspace where the matrix is."""
-        found: list[Rule | Elsewhere] = []
+        found: list[Made | Elsewhere] = []
         for matrix, own in zip(matrices, owned(matrices), strict=True):
             subspace = curvature.subspace(matrix.name, self.energy, self.constraint)
             if own:
