@@ -39,7 +39,8 @@ from torch import Tensor
 from crispedit.bundled import corpus
 from crispedit.curvature import Curvature
 from crispedit.description import held
-from crispedit.factors import Factors, estimate_factors
+from crispedit.estimation import estimate_factors
+from crispedit.factors import Factors
 from crispedit.merging import merge
 from crispedit.models import edit_matrices, load_model
 from crispedit.spectrum import Spectrum

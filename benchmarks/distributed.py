@@ -33,7 +33,7 @@ import transformers
 from crispedit import distributed
 from crispedit.artifacts import write_json
 from crispedit.curvature import Curvature
-from crispedit.factors import estimate_factors
+from crispedit.estimation import estimate_factors
 from crispedit.models import edit_matrices, frozen
 from crispedit.precision import float32_masters
 from crispedit.rows import EditRow

@@ -171,10 +171,10 @@ def test_a_sketch_in_the_cache_is_not_taken_where_dense_factors_fit(work, capsys
 
 
 def test_a_curvature_pass_that_is_interrupted_goes_on(work, capsys, monkeypatch):
-    from crispedit import factors
+    from crispedit.pass_state import PassState
 
     arguments = ["curvature", "bundled", "--out", "curv", "--texts", "texts.txt", "--layers", "2-3"]
-    real = factors._State.add
+    real = PassState.add
     calls = []
 
     def interrupted(self, *found):
@@ -183,7 +183,7 @@ def test_a_curvature_pass_that_is_interrupted_goes_on(work, capsys, monkeypatch)
             raise KeyboardInterrupt
         real(self, *found)
 
-    monkeypatch.setattr(factors._State, "add", interrupted)
+    monkeypatch.setattr(PassState, "add", interrupted)
     assert cli._run(arguments) == 130
     assert not (work / "curv").exists()
     assert cli._run(arguments) == 0

@@ -19,7 +19,8 @@ from crispedit.costs import (
     texts_flops,
     weight_bytes,
 )
-from crispedit.factors import FactorSums, estimate_factors
+from crispedit.estimation import estimate_factors
+from crispedit.factors import FactorSums
 from crispedit.forward import BatchSize, batch_size, collate, collate_packed, pair_cost
 from crispedit.models import edit_matrices
 from crispedit.replay import row_logits

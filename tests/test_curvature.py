@@ -15,7 +15,8 @@ from crispedit.curvature import Curvature
 from crispedit.curvature_file import MANIFEST, TENSORS
 from crispedit.description import ENERGY, describe
 from crispedit.errors import ArtifactError, ConfigError, ModelError
-from crispedit.factors import Factors, estimate_factors, merge_factors
+from crispedit.estimation import estimate_factors
+from crispedit.factors import Factors, merge_factors
 from crispedit.merging import merge
 from crispedit.models import edit_matrices, fingerprint, tokenizer_hash
 from crispedit.moments import Sketch, captured

@@ -6,7 +6,7 @@ import torch
 from crispedit import eigen
 from crispedit.eigen import TopSolver, full_eigenpairs, refreshed
 from crispedit.errors import NumericsError
-from crispedit.factors import estimate_factors
+from crispedit.estimation import estimate_factors
 from crispedit.models import edit_matrices
 from crispedit.texts import text_batches
 

@@ -15,16 +15,9 @@ from torch import nn
 
 from crispedit.capability import logits_of, measure_drift
 from crispedit.errors import NumericsError
-from crispedit.factors import (
-    Factors,
-    FactorSums,
-    choose_kind,
-    dense_bytes,
-    estimate_factors,
-    estimate_second_moments,
-    merge_factors,
-    sampled,
-)
+from crispedit.estimation import estimate_factors, estimate_second_moments
+from crispedit.factors import Factors, FactorSums, choose_kind, dense_bytes, merge_factors
+from crispedit.fisher import sampled
 from crispedit.memory import free_memory
 from crispedit.models import edit_matrices
 from crispedit.moments import Sketch

@@ -13,7 +13,8 @@ from crispedit.editors import configured, find_editor
 from crispedit.editors.base import EditProblem
 from crispedit.edits import edits_from_rows
 from crispedit.errors import ConfigError
-from crispedit.factors import Factors, estimate_factors
+from crispedit.estimation import estimate_factors
+from crispedit.factors import Factors
 from crispedit.history import with_history
 from crispedit.merging import merge
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model

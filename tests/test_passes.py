@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from builders import WordTokenizer, long_texts
-from crispedit import curvature, factors, halves
+from crispedit import curvature, estimation, halves
 from crispedit.curvature import Curvature
 from crispedit.errors import ArtifactError
 from crispedit.texts import text_batches
@@ -38,8 +38,8 @@ def same(one: Curvature, other: Curvature) -> bool:
 def small_batches(monkeypatch):
     """Many batches, the state saved after each."""
 
-    monkeypatch.setattr(factors, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(factors, "SAVE_TIMES", 0)
+    monkeypatch.setattr(estimation, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(estimation, "SAVE_TIMES", 0)
     monkeypatch.setattr(halves, "text_batches", partial(text_batches, batch_tokens=40))
 
 
@@ -187,10 +187,10 @@ import sys
 from functools import partial
 from pathlib import Path
 import torch
-from crispedit import curvature, factors, halves, texts
+from crispedit import curvature, estimation, halves, texts
 from crispedit.bundled import corpus
 from crispedit.models import load_model
-factors.SAVE_SECONDS = factors.SAVE_TIMES = 0
+estimation.SAVE_SECONDS = estimation.SAVE_TIMES = 0
 halves.text_batches = partial(texts.text_batches, batch_tokens=512)
 torch.set_num_threads(1)
 loaded = load_model("bundled")

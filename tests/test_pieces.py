@@ -10,7 +10,7 @@ import torch
 
 from crispedit import pieces
 from crispedit.capability import logits_of, measure_drift
-from crispedit.factors import estimate_factors
+from crispedit.estimation import estimate_factors
 from crispedit.models import edit_matrices
 from crispedit.pieces import HiddenStates, hidden_states
 from crispedit.texts import pad

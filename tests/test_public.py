@@ -15,17 +15,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "crispedit"
 
 LAYERS = (
-    "_version errors settings hardware ranks memory progress artifacts heartbeat distributed store isolated statistics "
-    "endpoint workers replies bundled edits shapes offload models ownership sharding texts threshold eigen moments "
-    "patch spectrum subspace completion rotation updates priced rule_choice adam pieces factors description halves "
-    "spectra curvature_file curvature merging history cache rows forward costs speed room replay remembered precision "
-    "training natural generation capability drift_meter budget editors judge grading llm_judge wild teacher_forced "
-    "live benchmarks untouched harness_tasks harness harness_job tasks checkpoint adapter proof certificate editing "
-    "evaluation processes moved assumed workload stages planning methods typical session plot frontier inputs edit_job "
-    "mend_job evaluate_job plan_job session_evaluation demo session_plot tradeoff scatter experiments comparing "
-    "paired report_definitions report_verdict report_curvature report report_markdown report_html console "
-    "console_evaluation console_edit console_plan console_session console_second_order options evaluate_cli lenet_cli "
-    "patch_cli session_cli cli"
+    "_version errors settings hardware ranks memory progress artifacts heartbeat distributed store isolated "
+    "statistics endpoint workers replies bundled edits shapes offload models ownership sharding texts threshold eigen "
+    "moments patch spectrum subspace completion rotation updates priced rule_choice adam pieces fisher factors "
+    "pass_state estimation description halves spectra curvature_file curvature merging history cache rows forward "
+    "costs speed room replay remembered precision training natural generation capability drift_meter budget editors "
+    "judge grading llm_judge wild teacher_forced live benchmarks untouched harness_tasks harness harness_job tasks "
+    "checkpoint adapter proof certificate editing evaluation processes moved assumed workload stages planning methods "
+    "typical session plot frontier inputs edit_job mend_job evaluate_job plan_job session_evaluation demo "
+    "session_plot tradeoff scatter experiments comparing paired report_definitions report_verdict report_curvature "
+    "report report_markdown report_html console console_evaluation console_edit console_plan console_session "
+    "console_second_order options evaluate_cli lenet_cli patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and command line show what the others do)."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crispedit.errors import ConfigError, NumericsError
-from crispedit.factors import estimate_factors
+from crispedit.estimation import estimate_factors
 from crispedit.models import edit_matrices, frozen
 from crispedit.precision import float32_masters, mixed_precision
 from crispedit.rows import EditRow

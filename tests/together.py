@@ -32,22 +32,23 @@ from crispedit import (
     cli,
     distributed,
     editing,
+    estimation,
     evaluation,
     generation,
     halves,
+    pass_state,
     ranks,
     replay,
     teacher_forced,
     wild,
 )
-from crispedit import factors as factors_module
 from crispedit import training as training_module
 from crispedit.budget import DAMPING, STEP, Budgeted
 from crispedit.curvature import Curvature
 from crispedit.drift_meter import DriftMeter
 from crispedit.editors import editor_names
 from crispedit.edits import edits_from_rows
-from crispedit.factors import estimate_factors, estimate_second_moments
+from crispedit.estimation import estimate_factors, estimate_second_moments
 from crispedit.models import edit_matrices, fingerprint, frozen, load_model
 from crispedit.precision import float32_masters
 from crispedit.priced import PricedCoordinates
@@ -331,7 +332,7 @@ def _fill_disk() -> None:
 
 ACCIDENTS = {"die": _die, "hang": _hang, "full disk": _fill_disk}
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "curvature": (factors_module._State, "add", 4),
+    "curvature": (pass_state.PassState, "add", 4),
     "edit": (training_module._Run, "_step", 4),
     "save": (checkpoint, "read_back", 1),
     "saved": (distributed, "meet", 1),
@@ -406,7 +407,7 @@ def _child(scenario: dict[str, Any], rank: int, port: int) -> NoReturn:
     for stream, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{directory / scenario['name']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(directory / f"host{rank}" if (directory / f"host{rank}").is_dir() else directory)
-    factors_module.SAVE_SECONDS, factors_module.SAVE_TIMES = 0.0, 0
+    estimation.SAVE_SECONDS, estimation.SAVE_TIMES = 0.0, 0
     halves.text_batches = partial(text_batches, batch_tokens=160)  # several for each
     moved: dict[str, int] = {}
     if scenario.get("counted"):

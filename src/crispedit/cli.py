@@ -106,7 +106,8 @@ def curvature(
     check_json(json)
     from .artifacts import check_writable
     from .curvature import Curvature
-    from .factors import check_fisher, check_kind
+    from .factors import check_kind
+    from .fisher import check_fisher
     from .models import edit_matrices, find_device, parse_layers
     from .sharding import check_shard, shard_model
     from .threshold import check_energy

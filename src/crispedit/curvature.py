@@ -1,7 +1,7 @@
 """The curvature of a model's capability loss: factors of every edited matrix, and what they came from.
 
-How factors are estimated, and all conventions, are in :mod:`crispedit.factors`; what is computed of them in
-:mod:`crispedit.spectra`.
+How factors are estimated is in :mod:`crispedit.estimation`, all conventions in :mod:`crispedit.factors`; what is
+computed of them in :mod:`crispedit.spectra`.
 """
 
 import hashlib
@@ -35,16 +35,9 @@ from .curvature_file import (
 )
 from .description import ENERGY, Description, describe
 from .errors import ArtifactError, ConfigError, ModelError
-from .factors import (
-    Factors,
-    Fisher,
-    check_fisher,
-    check_kind,
-    choose_kind,
-    estimate_factors,
-    estimate_second_moments,
-    sum_factors,
-)
+from .estimation import estimate_factors, estimate_second_moments, sum_factors
+from .factors import Factors, check_kind, choose_kind
+from .fisher import Fisher, check_fisher
 from .halves import factors_of_halves, pass_key, token_halves
 from .memory import free_memory
 from .models import EditMatrix, chat_template_hash, edit_matrices, fingerprint, tokenizer_hash

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from . import distributed, ranks
 from .description import Description, describe
 from .errors import TextsError
-from .factors import Factors, FactorSums, factors_of, merge_factors, own_state, saved_sums
+from .factors import Factors, FactorSums, factors_of, merge_factors
 from .memory import give_back
 from .models import EditMatrix
+from .pass_state import own_state, saved_sums
 from .progress import Progress
 from .texts import TokenBatch, text_batches
 

@@ -41,7 +41,7 @@ class Spectra:
         self.edited: frozenset[str] = frozenset()
         """What is about to be edited, where that is known; other spectra wait until they are asked for."""
         self.second_moments: Mapping[str, Tensor] = {}
-        """By name, where they were measured (:func:`crispedit.factors.estimate_second_moments`)."""
+        """By name, where they were measured (:func:`crispedit.estimation.estimate_second_moments`)."""
         self._whole: dict[str, Spectrum] = {}
         self._tops: dict[str, Spectrum] = {}
         self._subspaces: dict[tuple[str, float, Constraint], Subspace] = {}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .factors import sampled
+from .fisher import sampled
 from .models import CACHE, decoder_blocks, text_config
 from .pieces import tokens_at_once
 
@@ -180,7 +180,7 @@ def _eigh_seconds(size: int, device: torch.device) -> float:
 
 
 def _logit_seconds(columns: int, device: torch.device) -> float:
-    """Seconds per logit of what :mod:`crispedit.factors` does with them."""
+    """Seconds per logit of what :mod:`crispedit.fisher` does with them."""
     logits = torch.zeros(NUMBERS // columns or 1, columns, device=device, requires_grad=True)
 
     def run() -> None:

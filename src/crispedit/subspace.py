@@ -166,7 +166,7 @@ class Subspace:
 
         Args:
             spectrum: The bases, complete; its eigenvalues play no part.
-            curvatures: (d_out, d_in), not negative; see :func:`crispedit.factors.estimate_second_moments`.
+            curvatures: (d_out, d_in), not negative; see :func:`crispedit.estimation.estimate_second_moments`.
             energy: γ in [0, 1).
 
         Returns:

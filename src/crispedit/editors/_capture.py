@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..factors import recorded
+from ..fisher import recorded
 from ..forward import RowBatch, collate, target_logits
 from ..models import EditMatrix
 from ..rows import EditRow
