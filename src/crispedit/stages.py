@@ -42,6 +42,7 @@ from .generation import DRAFT_TOKENS, MAX_NEW_TOKENS
 from .models import EditMatrix, decoder_blocks, edit_matrices, text_config
 from .moments import sketch_rank
 from .moved import Moved
+from .pace import Pace
 from .pieces import tokens_at_once
 from .replay import checked_rows, recorded_together
 from .room import MEMORY_SHARE
@@ -105,12 +106,16 @@ class Planner:
     """
 
     def __init__(self, work: Workload, settings: Settings, memory: int, speed: Speed | None) -> None:
-        self.work, self.settings, self.memory, self.speed = work, settings, memory, speed
+        self.work, self.settings, self.memory = work, settings, memory
         self.matrices: Sequence[EditMatrix] = edit_matrices(work.model, settings.layers)
         self.shapes = [matrix.shape for matrix in self.matrices]
         self.entries = sum(d_out * d_in for d_out, d_in in self.shapes)
         self.blocks = block_costs(work.model)
         self.above = len(self.blocks) - 1 - self.matrices[0].layer
+        self.pace = None
+        if speed is not None:
+            first, shape = self.matrices[0].layer, self.shapes[0]
+            self.pace = Pace(speed, work.model, first=first, shape=shape, at_once=self._at_once)
         self.weights = weight_bytes(work.model, settings.dtype)
         self.stored = weight_bytes(work.model, work.stored_dtype)
         self.choices = [
@@ -164,11 +169,11 @@ class Planner:
         flops = texts_flops(work.model, self.matrices, [n for batch in mine for n in batch], kind=kind)
         eigh, products = max((self._describing(shapes) for shapes in described_by), key=_described_flops)
         seconds = None
-        if self.speed is not None:
-            seconds = sum(self._pass_seconds(batch, self.above) for batch in mine)
-            seconds += (flops.update + products) / self.speed.float32 + eigh * self.speed.eigh
+        if self.pace is not None:
+            seconds = sum(self.pace.texts(batch, backward=True) for batch in mine)
+            seconds += (flops.update + products) / self.pace.speed.float32 + eigh * self.pace.speed.eigh
             # labels are drawn, and losses taken, over all logits
-            seconds += sum(map(sum, mine)) * vocabulary(work.model) * self.speed.logit
+            seconds += self.pace.losses(sum(map(sum, mine)))
         lengths = [length for half in work.halves for batch in half for length in batch]
         of_all = texts_flops(work.model, self.matrices, lengths, kind=kind).total
         of_all += _described_flops(self._describing(self.shapes))
@@ -240,8 +245,9 @@ class Planner:
         mine = max(parts, key=lambda part: sum(choice.total_flops for choice in part))
         cubes, products = sum(choice.cubes for choice in mine), sum(choice.flops for choice in mine)
         seconds = None
-        if self.speed is not None:
-            seconds = cubes * self.speed.eigh + products / (self.speed.float64 if dense else self.speed.float32)
+        if self.pace is not None:
+            speed = self.pace.speed
+            seconds = cubes * speed.eigh + products / (speed.float64 if dense else speed.float32)
         brought = 0 if self.resident else max(factor_bytes([shape], self.settings.kind) for shape in self.shapes)
         num_bytes = self.held + self.resident + self.spectra + self._after(working + brought)
         flops, of_all = (sum(choice.total_flops for choice in some) for some in (mine, choices))
@@ -303,15 +309,13 @@ class Planner:
         of_all += self.steps * self._rule_flops_of_all()
         of_all += self.processes.size * metering.flops if metering else 0
         seconds = None
-        if self.speed is not None:
-            below = len(self.blocks) - self.above
-            recorded = (below * self.speed.forward(self._alike(s.computed, s.pairs)) for s in work.recording())
-            seconds = sum(recorded, 0.0)
+        if self.pace is not None:
+            seconds = self.pace.recording(work.recording())
             # a few rows by the whole model, and again packed: what a replay is held against
             shown = spread(work.rows, checked_rows([len(row.ids) for row in work.rows]))
             targets = sum(row.num_targets for row in shown)
-            seconds += 2 * self._pass_seconds([len(row.ids) for row in shown], logits=targets)
-            seconds += self.steps * sum(map(self._step_seconds, self.sizes)) / len(self.sizes)
+            seconds += 2 * self.pace.texts([len(row.ids) for row in shown], logits=targets)
+            seconds += self.steps * sum(self._step_seconds(self.pace, size) for size in self.sizes) / len(self.sizes)
             seconds += metering.seconds if metering else 0.0
         # float32 gradients to the owners of matrices, which come from there, once more at the end; two passes that a
         # replay is held against
@@ -339,9 +343,8 @@ class Planner:
             for group in (recorded_together(work.model, rows, packed=False) if rows else [])
         ]
         flops, seconds = recording_flops(work.model, self.matrices, recorded), 0.0
-        if self.speed is not None:
-            below = len(self.blocks) - self.above
-            seconds += sum(below * self.speed.forward(self._alike(size.computed, size.pairs)) for size in recorded)
+        if self.pace is not None:
+            seconds += self.pace.recording(recorded)
         remembered, moved = 0, self.moved.below(len(recorded))
         for groups, times in ((whole, 2 + -(-epochs // WHOLE)), (sample, epochs)):
             sizes = [batch_size(group, None) for group in groups]
@@ -351,7 +354,8 @@ class Planner:
             # the head by pieces, at two positions more of each (pieces.py); when they are remembered three times
             logits = head * sum(size.labels for size in sizes)
             flops += (1 + times) * (blocks + 2 * (logits + 2 * head * len(sizes))) + logits
-            seconds += (1 + times) * sum(map(self._metered_seconds, sizes))
+            if self.pace is not None:
+                seconds += (1 + times) * sum(map(self.pace.metered, sizes))
             moved += self.moved.above((1 + times) * len(sizes))
         width = int(text_config(work.model).hidden_size)
         kept = recorded_bytes(work.model, self.matrices, sum(s.tokens for s in recorded), self.settings.dtype)
@@ -376,27 +380,9 @@ class Planner:
         found = step_flops(self.work.model, self.matrices, sizes, replay=False)
         return found.forward + found.backward
 
-    def _metered_seconds(self, size: BatchSize) -> float:
-        """Of texts once: the first matrix, the blocks above, the head twice, a divergence."""
-        if self.speed is None:
-            return 0.0
-        heads = self.speed.logits(2 * size.labels * head_flops(self.work.model), self._at_once)
-        first = 2 * self.shapes[0][0] * self.shapes[0][1] * size.tokens / self.speed.float32
-        blocks = self.above * self.speed.forward(self._alike(size.computed, size.pairs))
-        return first + blocks + heads + size.labels * vocabulary(self.work.model) * self.speed.logit
-
-    def _step_seconds(self, size: BatchSize) -> float:
-        """Of one batch: blocks above, head, loss, what is done with tokens and gradients of the matrices, Adam."""
-        assert self.speed is not None
-        alike = self._alike(size.computed, size.pairs)
-        blocks = self.above * (self.speed.forward(alike) + self.speed.backward(alike))
-        heads = self.speed.logits(2 * head_flops(self.work.model) * size.positions, size.positions)
-        logits = size.labels * vocabulary(self.work.model) * self.speed.logit
-        d_out, d_in = self.shapes[0]
-        # in float32: the first matrix times its recorded inputs, and the gradients of all
-        products = self._rule_flops(size.computed) + 2 * d_out * d_in * size.tokens + 2 * self.entries * size.computed
-        moved = 6 * 4 * self.own_entries / self.speed.copied  # mask, coordinates, sum and copy
-        return blocks + heads + logits + products / self.speed.float32 + self.own_entries * self.speed.adam + moved
+    def _step_seconds(self, pace: Pace, size: BatchSize) -> float:
+        """Of one batch: what is done with tokens and gradients of the matrices is in float32."""
+        return pace.step(size, self._rule_flops(size.computed) + 2 * self.entries * size.computed, self.own_entries)
 
     def _proof(self) -> Stage:
         """Answers before, after, and after rounding if there was any; losses before and after; drift on held-out texts.
@@ -420,13 +406,14 @@ class Planner:
         drafts = _in_batches([length + MAX_NEW_TOKENS for group in work.prompts for length in group])
         shared = (work.prompts, reading, drafts, work.held_out)
         asked, read, later_drafts, texts = (self.processes.busiest(some, self.processes.asking) for some in shared)
-        seconds = self._answer_seconds(asked)
-        if seconds is not None and self.speed is not None:
-            others = 2 * sum(self._pass_seconds(batch) for batch in (*texts, *read))
-            others += later * sum(map(self._pass_seconds, later_drafts))
+        seconds = None
+        if self.pace is not None:
+            others = 2 * sum(self.pace.texts(batch) for batch in (*texts, *read))
+            others += later * sum(map(self.pace.texts, later_drafts))
             outside_flops = sum(choice.subspace.flops for choice in self.choices)
-            compared = sum(map(sum, texts)) * vocabulary(work.model) * self.speed.logit  # two losses, a divergence
-            seconds = (1 + UNDECIDED) * seconds + others + outside_flops / self.speed.float64 + compared
+            compared = self.pace.losses(sum(map(sum, texts)))  # two losses, a divergence
+            seconds = (1 + UNDECIDED) * self.pace.answers(asked) + others + compared
+            seconds += outside_flops / self.pace.speed.float64
         flops = self._proof_flops(asked, [*texts, *read], later, later_drafts)
         of_all = self._proof_flops(work.prompts, [*work.held_out, *reading], later, drafts)
         of_all *= self.processes.size // self.processes.asking
@@ -446,17 +433,6 @@ class Planner:
         answers = sum(answer_flops(self.work.model, group, MAX_NEW_TOKENS) for group in asked)
         lengths = 2 * [n for batch in read for n in batch] + later * [n for batch in drafts for n in batch]
         return int((1 + UNDECIDED) * answers) + texts_flops(self.work.model, self.matrices, lengths).total
-
-    def _answer_seconds(self, prompts: Sequence[Sequence[int]]) -> float | None:
-        """Of prompts once: a pass over each group, and one more for every new token."""
-        if self.speed is None:
-            return None
-        total = 0.0
-        for group in prompts:
-            total += self._pass_seconds(group, logits=len(group))
-            total += MAX_NEW_TOKENS * len(self.blocks) * self.speed.answer(len(group))
-            total += self.speed.logits(MAX_NEW_TOKENS * len(group) * head_flops(self.work.model), len(group))
-        return total
 
     def _changes(self, copies: int) -> int:
         """Bytes of changes and of the patch, which wait in main memory; float32 numbers for every entry."""
@@ -482,45 +458,18 @@ class Planner:
         if self.processes.offload and work.on_cpu:  # what waits on disk is read to be written
             second += self.weights - self.processes.weight_bytes(work.model, self.matrices, self.settings.dtype)
         asked = spread([length for group in work.prompts for length in group], CHECKED)
-        seconds = self._answer_seconds([asked] if asked else [])
-        if seconds is not None:
-            seconds = 2 * seconds + self.stored / WRITE_RATE + self.stored / READ_RATE
+        seconds = self.stored / WRITE_RATE + self.stored / READ_RATE
+        if self.pace is not None:
+            seconds += 2 * self.pace.answers([asked] if asked else [])
         flops = 2 * answer_flops(work.model, asked, MAX_NEW_TOKENS)
         # what is read has pages of its own: it does not go where freed memory was
         return self._stage("save", num_bytes + self._after(0) + second, flops, seconds)
-
-    def _alike(self, tokens: int, pairs: int) -> float:
-        """How many tokens, in rows as they were measured, take as many flops of a block as a batch does."""
-        assert self.speed is not None
-        block = self.blocks[-1]
-        return (block.linear * tokens + block.attention * pairs) / (block.linear + block.attention * self.speed.row)
 
     def _kept(self, tokens: int, blocks: int, dtype: torch.dtype) -> int:
         """Bytes that tokens take: what autograd keeps of the topmost blocks; what goes in and out of the matrices."""
         top = self.blocks[len(self.blocks) - blocks :] if blocks else ()
         width = sum(d_in + 2 * d_out for d_out, d_in in self.shapes)
         return tokens * (sum(block.kept_bytes(dtype) for block in top) + 4 * width)
-
-    def _pass_seconds(
-        self, lengths: Sequence[int], differentiated: int | None = None, logits: int | None = None
-    ) -> float:
-        """Seconds of a pass over one batch.
-
-        Args:
-            lengths: Of its rows.
-            differentiated: How many of the topmost blocks are run backward; none when omitted, nor the head.
-            logits: Positions whose logits are computed; all when omitted.
-        """
-        assert self.speed is not None
-        tokens = sum(lengths)
-        alike = self._alike(tokens, sum(n * n for n in lengths))
-        seconds = len(self.blocks) * self.speed.forward(alike)
-        heads = 1
-        if differentiated is not None:
-            seconds += differentiated * self.speed.backward(alike)
-            heads = 2
-        positions, together = (tokens, self._at_once) if logits is None else (logits, logits)
-        return seconds + self.speed.logits(heads * positions * head_flops(self.work.model), together)
 
     def _stage(
         self, name: str, num_bytes: float, flops: int, seconds: float | None, of_all: int | None = None, moved: int = 0
@@ -532,7 +481,7 @@ class Planner:
             flops=int(flops),
             flops_of_all=int(flops if of_all is None else of_all),
             moved=moved,
-            seconds=seconds if self.speed else None,
+            seconds=seconds if self.pace else None,
         )
 
     def disk(self) -> dict[str, int]:
