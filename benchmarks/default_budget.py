@@ -74,11 +74,17 @@ def measure(rows: Sequence[dict[str, Any]], abilities: Sequence[str]) -> Measure
 
 def table(path: Path) -> None:
     """Prints losses with their intervals, and what was learned."""
-    rows = runs.read(path)
+    every = runs.read(path)
+    print("| model | edits | | drift | reliability | generalization | locality | abilities lost (95 %) | of each |")
+    print("|---" * 9 + "|")
+    for model in dict.fromkeys(row["model"] for row in every):
+        _print_rows(Path(model).name, [row for row in every if row["model"] == model])
+
+
+def _print_rows(model: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints those of one model."""
     base = [row for row in rows if row["way"] == "base"]
     abilities = list(base[0]["items"])
-    print("| edits | | drift | reliability | generalization | locality | abilities lost (95 %) | of each |")
-    print("|---" * 8 + "|")
     for size in sorted({row["size"] for row in rows if row["way"] != "base"}):
         for way in WAYS:
             some = [row for row in rows if row["way"] == way and row["size"] == size]
@@ -92,7 +98,7 @@ def table(path: Path) -> None:
                 n: statistics.mean(r[n] for r in some) for n in ("drift", "reliability", "generalization", "locality")
             }
             print(
-                f"| {size} | {way}, {len(some)} seeds | {mean['drift']:.4f} | {mean['reliability']:.1f} | "
+                f"| {model} | {size} | {way}, {len(some)} seeds | {mean['drift']:.4f} | {mean['reliability']:.1f} | "
                 f"{mean['generalization']:.1f} | {mean['locality']:.1f} | "
                 f"{-found.value:.2f} ({-found.high:.2f} to {-found.low:.2f}) | "
                 + ", ".join(f"{name} {-one.value:.2f}" for name, one in zip(abilities, each, strict=True))

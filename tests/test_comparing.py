@@ -276,7 +276,7 @@ def test_the_program_says_which_rows_failed(job, monkeypatch, capsys):
 def test_a_row_is_what_edit_and_evaluate_say(job, capsys):
     """The row's numbers are those of ``edit`` and ``evaluate`` by themselves, and its items add up to them."""
     command = "compare bundled edits.json --editors ft,crispedit --texts texts.txt --out out --json out.json"
-    assert cli._run([*command.split(), "--set", "epochs=5"]) == 0
+    assert cli._run([*command.split(), "--set", "epochs=5", "--set", "precision=float32"]) == 0
     results = json.loads(Path("out.json").read_text())
     assert results == json.loads(Path("out/results.json").read_text())
     assert Path("out/tradeoff.png").read_bytes().startswith(b"\x89PNG")
@@ -286,7 +286,7 @@ def test_a_row_is_what_edit_and_evaluate_say(job, capsys):
     assert not crispedit["curvature"]["cached"]
     assert ft["curvature"]["seconds"] == 0
 
-    edit = "edit bundled edits.json --editor crispedit --texts texts.txt --out edited --epochs 5"
+    edit = "edit bundled edits.json --editor crispedit --texts texts.txt --out edited --epochs 5 --precision float32"
     assert cli._run(edit.split()) == 0
     assert cli._run("evaluate edited edits.json --base bundled --json evaluation.json".split()) == 0
     alone = json.loads(Path("evaluation.json").read_text())
@@ -302,5 +302,5 @@ def test_a_row_is_what_edit_and_evaluate_say(job, capsys):
     assert values["loss"] == pytest.approx(alone["capability"]["loss"], rel=1e-5)
 
     capsys.readouterr()
-    assert cli._run([*command.split(), "--set", "epochs=5"]) == 0
+    assert cli._run([*command.split(), "--set", "epochs=5", "--set", "precision=float32"]) == 0
     assert "3 of 3 rows are finished already" in capsys.readouterr().err

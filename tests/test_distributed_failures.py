@@ -163,6 +163,7 @@ def test_what_moves_between_processes_is_what_was_planned(ended, shard, monkeypa
         moved = json.loads((root / f"{'sharded' if shard else 'whole'}.{rank}.out").read_text())
         for name in ("curvature", "diagonalise", "edit", "save"):
             assert moved.get(name, 0) == pytest.approx(planned[name], rel=0.01, abs=2048), name
+        assert moved["else"] < 2048
         assert moved["proof"] == pytest.approx(planned["proof"], rel=0.1 if shard else 0.01, abs=8192)
 
 

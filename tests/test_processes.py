@@ -107,6 +107,28 @@ def test_what_are_no_processes_is_refused(size, shard):
         Processes(size, shard)
 
 
+def test_what_moves_by_hand():
+    """Edited matrices exchanged in float32; of a sharded model blocks, in its own dtype, without what is edited."""
+    assert all(stage.moved == 0 for stage in of(1).values())
+    model, steps = WORK.model, -(-len(WORK.rows) // SETTINGS.batch_size) * WORK.epochs
+    matrices = edit_matrices(model, SETTINGS.layers)
+    edited = sum(matrix.parameter.numel() for matrix in matrices)
+    whole, parts = of(2, dtype=torch.bfloat16), of(2, shard=True, dtype=torch.bfloat16)
+    assert whole["edit"].moved == 4 * edited * (2 * steps + 1)
+    assert whole["proof"].moved == 4 * edited
+    assert whole["curvature"].moved == 2 * sum(4 * n * n for matrix in matrices for n in matrix.shape)
+    assert whole["save"].moved == 0
+    assert parts["save"].moved == 2 * (sum(p.numel() for p in set(model.parameters())) - edited)
+    assert of(2, shard=True, save="delta")["save"].moved == 0
+    *blocks, rest = Processes(2, True).divided(model, matrices)
+    first = matrices[0].layer
+    below, above, every = sum(blocks[: first + 1]), sum(blocks[first:]), sum(blocks)
+    put_together = steps * (2 * above + rest) + len(WORK.recording()) * below + (every + rest) + above
+    assert parts["edit"].moved - whole["edit"].moved == 2 * put_together
+    budget = of(2, shard=True, method=Method(budget=True))["edit"]
+    assert budget.moved > of(2, shard=True, method=Method(update="priced"))["edit"].moved
+
+
 def test_processes_share_flops_and_do_some_again():
     one, two = of(1), of(2)
     assert two["curvature"].flops_of_all == one["curvature"].flops_of_all == one["curvature"].flops

@@ -323,6 +323,31 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather_parts is None else gather_parts()
 
 
+def every_nth(tensor: Tensor, step: int) -> Tensor:
+    """Every so many-th number of a tensor of which every process may hold a part; only these move between them.
+
+    Args:
+        tensor: Whole, or divided by its rows as FSDP2 divides (``torch.chunk``); the same on all processes.
+        step: 1 or more.
+
+    Returns:
+        Numbers 0, step, 2 step, … in row-major order, float32, on the CPU; the same everywhere.
+    """
+    part = getattr(tensor, "to_local", None)
+    if part is None:
+        return tensor.reshape(-1)[::step].float().cpu()
+    mine = part().reshape(-1)
+    per_row = tensor.shape[1:].numel()
+    found = torch.zeros(-(-tensor.numel() // step), device=mine.device)
+    with ranks.sharing():
+        begin = min(ranks.rank() * -(-len(tensor) // ranks.size()), len(tensor)) * per_row
+        first = -(-begin // step)
+        values = mine[first * step - begin :: step].float()
+        found[first : first + len(values)] = values
+        sum_tensors([found.view(torch.int32)])  # of bits, one process's and zeros: -0.0 stays what it is
+    return found.cpu()
+
+
 def write_directory(directory: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> None:
     """A directory that the main process fills, and that takes its name when all processes are still there.
 

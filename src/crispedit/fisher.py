@@ -81,10 +81,10 @@ def passes(
     draws = _draws(batches, seed) if fisher == "mc" else ()
     with frozen(model), recorded(matrices) as records, torch.enable_grad():
         mine = distributed.share(range(len(batches)))
-        passes = [(number, True) for number in mine[first:]]
+        to_do = [(number, True) for number in mine[first:]]
         if ranks.in_step():  # as many for every process: those of a sharded model run together
-            passes += [(0, False)] * (max(distributed.gather(len(passes))) - len(passes))
-        for number, counted in passes:
+            to_do += [(0, False)] * (max(distributed.gather(len(to_do))) - len(to_do))
+        for number, counted in to_do:
             batch = batches[number].to(device)
             labels = next_tokens(batch)
             predicted = labels != -100

@@ -1,11 +1,10 @@
 """What moves between processes: bytes of the tensors that they sum, give to each other, and put a model together of.
 
 What a collective leaves with a process is counted, once: over a link goes up to twice as much of a sum (by a ring), and
-a little less of what is put together. Scalars and answers are left out.
+a little less of what is put together. Scalars, answers and hashes are left out.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,16 +24,11 @@ class Moved:
     """
 
     def __init__(self, processes: Processes, model: Any, matrices: Sequence[EditMatrix], dtype: torch.dtype) -> None:
-        self.processes, self.model, self.matrices, self.dtype = processes, model, matrices, dtype
-
-    @cached_property
-    def _parts(self) -> tuple[int, int, int]:
-        """Of a divided model: the blocks below the first edited one, the others, and what is in no block."""
-        if not self.processes.shard:
-            return 0, 0, 0
-        *blocks, rest = (numbers * self.dtype.itemsize for numbers in self.processes.divided(self.model, self.matrices))
-        first = self.matrices[0].layer
-        return sum(blocks[:first]), sum(blocks[first:]), rest
+        self.processes = processes
+        numbers = processes.divided(model, matrices) if processes.shard else [0]
+        *blocks, self._rest = (number * dtype.itemsize for number in numbers)
+        first = matrices[0].layer
+        self._blocks, self._recorded, self._above = sum(blocks), sum(blocks[: first + 1]), sum(blocks[first:])
 
     def exchanged(self, num_bytes: int) -> int:
         """Of tensors that are summed, or that one process gives to the others: none where there are no others."""
@@ -42,23 +36,20 @@ class Moved:
 
     def forward(self, count: int) -> int:
         """Of so many forward passes: the blocks are put together in each, what is in no block in the first."""
-        below, above, rest = self._parts
-        return count * (below + above) + min(1, count) * rest
+        return count * self._blocks + min(1, count) * self._rest
 
     def texts(self, count: int) -> int:
         """Of so many passes forward, and backward to the first edited block: what is run backward, a second time."""
-        below, above, rest = self._parts
-        return count * (below + 2 * above + 2 * rest)
+        return count * (self._blocks + self._above + 2 * self._rest)
 
     def steps(self, count: int) -> int:
         """Of so many steps, which begin at the first edited block."""
-        _, above, rest = self._parts
-        return count * (2 * above + rest)
+        return count * (2 * self._above + self._rest)
 
-    def below(self, count: int) -> int:
-        """Of so many batches that are run by the blocks below the first edited one."""
-        return count * self._parts[0]
+    def recording(self, count: int) -> int:
+        """Of so many batches that are run up to the first edited matrix."""
+        return count * self._recorded
 
-    def above(self, count: int) -> int:
-        """Of so many batches that are run by the others."""
-        return count * self._parts[1]
+    def replayed(self, count: int) -> int:
+        """Of so many batches that are run from there on."""
+        return count * self._above

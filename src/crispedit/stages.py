@@ -179,8 +179,7 @@ class Planner:
         of_all += _described_flops(self._describing(self.shapes))
         total = flops.total + _described_flops((eigh, products))
         passes = sum(self.processes.part(len(half)) for half in work.halves)
-        # beside the passes, all weights are put together once, to be hashed
-        moved = self.moved.exchanged(len(work.halves) * self.factors) + self.moved.texts(passes) + self.moved.forward(1)
+        moved = self.moved.exchanged(len(work.halves) * self.factors) + self.moved.texts(passes)
         num_bytes = self.held + self.factors + max(passing, merging)
         return self._stage("curvature", num_bytes, total, seconds, of_all, moved)
 
@@ -317,11 +316,11 @@ class Planner:
             seconds += 2 * self.pace.texts([len(row.ids) for row in shown], logits=targets)
             seconds += self.steps * sum(self._step_seconds(self.pace, size) for size in self.sizes) / len(self.sizes)
             seconds += metering.seconds if metering else 0.0
-        # float32 gradients to the owners of matrices, which come from there, once more at the end; two passes that a
+        # float32 gradients to the owners of matrices, which come from there, once more as the steps begin; what a
         # replay is held against
-        moved = self.moved.exchanged(4 * (2 * self.steps + 1) * self.entries) + self.moved.below(len(work.recording()))
-        moved += self.moved.steps(self.steps) + self.moved.forward(2)
-        moved += metering.moved if metering else 0
+        moved = self.moved.exchanged(4 * (2 * self.steps + 1) * self.entries) + self.moved.steps(self.steps)
+        moved += self.moved.recording(len(work.recording())) + self.moved.forward(1) + self.moved.replayed(1)
+        moved += self.moved.texts(len(self._looked_at())) + metering.moved if metering else 0
         return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all, moved)
 
     def _metering(self) -> "_Metering":
@@ -345,7 +344,7 @@ class Planner:
         flops, seconds = recording_flops(work.model, self.matrices, recorded), 0.0
         if self.pace is not None:
             seconds += self.pace.recording(recorded)
-        remembered, moved = 0, self.moved.below(len(recorded))
+        remembered, moved = 0, self.moved.recording(len(recorded))
         for groups, times in ((whole, 2 + -(-epochs // WHOLE)), (sample, epochs)):
             sizes = [batch_size(group, None) for group in groups]
             remembered += sum(size.labels for size in sizes)
@@ -356,7 +355,7 @@ class Planner:
             flops += (1 + times) * (blocks + 2 * (logits + 2 * head * len(sizes))) + logits
             if self.pace is not None:
                 seconds += (1 + times) * sum(map(self.pace.metered, sizes))
-            moved += self.moved.above((1 + times) * len(sizes))
+            moved += self.moved.replayed((1 + times) * len(sizes))
         width = int(text_config(work.model).hidden_size)
         kept = recorded_bytes(work.model, self.matrices, sum(s.tokens for s in recorded), self.settings.dtype)
         kept += remembered * width * self.settings.dtype.itemsize
@@ -373,11 +372,14 @@ class Planner:
         """Of the logits of rows that a replay is held against, all of them, and those at their targets."""
         return checked_rows(lengths) * max(lengths) * 2 * 4 * vocabulary(self.work.model)
 
-    def _needed_flops(self) -> int:
-        """Of a gradient over some rows, which says what the edits need (:func:`crispedit.budget.linear_drift`)."""
+    def _looked_at(self) -> list[BatchSize]:
+        """The batches whose gradient says what the edits need (:func:`crispedit.budget.linear_drift`)."""
         rows = spread(self.work.rows, LOOKED_AT)
-        sizes = [batch_size(rows[first : first + 8], None) for first in range(0, len(rows), 8)]
-        found = step_flops(self.work.model, self.matrices, sizes, replay=False)
+        return [batch_size(rows[first : first + 8], None) for first in range(0, len(rows), 8)]
+
+    def _needed_flops(self) -> int:
+        """Of that gradient."""
+        found = step_flops(self.work.model, self.matrices, self._looked_at(), replay=False)
         return found.forward + found.backward
 
     def _step_seconds(self, pace: Pace, size: BatchSize) -> float:
@@ -417,9 +419,9 @@ class Planner:
         flops = self._proof_flops(asked, [*texts, *read], later, later_drafts)
         of_all = self._proof_flops(work.prompts, [*work.held_out, *reading], later, drafts)
         of_all *= self.processes.size // self.processes.asking
-        passes = int((1 + UNDECIDED) * len(asked) * (1 + MAX_NEW_TOKENS)) + later * len(later_drafts)
+        passes = int((1 + UNDECIDED) * len(asked) * MAX_NEW_TOKENS) + later * len(later_drafts)
         moved = self.moved.forward(passes + 2 * (len(texts) + len(read)))
-        moved += self.moved.exchanged(self.settings.dtype.itemsize * self.entries)  # all have the first one's matrices
+        moved += self.moved.exchanged(4 * self.entries)  # all take the matrices of the first, before they are rounded
         return self._stage("proof", held + self._after(transient), flops, seconds, of_all, moved)
 
     def _proof_flops(
