@@ -16,6 +16,7 @@ from crispedit.certificate import measured, texts_hash
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
 from crispedit.editors import configured
+from crispedit.editors.crispedit import Config
 from crispedit.errors import ConfigError
 from crispedit.factors import Factors
 from crispedit.inputs import capability_texts, read_edits
@@ -82,7 +83,7 @@ def test_a_budget_and_a_threshold_do_not_go_together():
     assert configured("crispedit", {"budget": "1%"})[1].budget == "1%"
     configured("crispedit", {"budget": 0.1, "energy": 0.9, "constraint": "auto", "update": "auto"})  # as in a record
     configured("crispedit", {"budget": 0.1, "update": "priced"})  # as in a session
-    with pytest.raises(ConfigError, match="budget takes the place of energy, constraint, update and lr"):
+    with pytest.raises(ConfigError, match="budget takes the place of energy, constraint, update, rotation and lr"):
         configured("crispedit", {"budget": 0.1, "energy": 0.5})
     with pytest.raises(ConfigError, match="budget takes the place of"):
         configured("crispedit", {"budget": 0.1, "lr": 1e-3})
@@ -470,6 +471,24 @@ def test_the_certificate_is_measured(given):
     assert certificate["texts_sha256"] == texts_hash(held_out)
     # the stored change against the one in float32
     assert certificate["predicted"] == pytest.approx(given[1].predicted_drift(result.delta), rel=1e-2)
+
+
+def test_every_direction_has_its_own_price_however_wide_the_matrix(given, monkeypatch):
+    """In the bases that tokens are turned into the metric is that of the whole eigenbasis: β_i α_j, sorted alike."""
+    _, curvature = given
+    (name,) = curvature.factors
+    base = load_model("bundled")
+    matrices, config = edit_matrices(base.model, curvature.layers), Config(budget=1.0)
+    (narrow,) = config.budget_rules(curvature, matrices)
+    monkeypatch.setattr(rule_choice, "AFFORDABLE", 0.1)
+    assert curvature.subspace(name, 0.9).threshold.cross is not None
+    (wide,) = config.budget_rules(curvature, matrices)
+    assert isinstance(wide, PricedLeading)
+    assert isinstance(narrow, PricedCoordinates)
+    assert torch.allclose(wide.metric - wide.damping, narrow.metric - narrow.damping, rtol=1e-3, atol=1e-9)
+    change = torch.randn(matrices[0].shape) * 1e-3
+    assert wide.frame is not None
+    assert torch.allclose(wide.frame.coordinates(change).abs(), narrow.gradient(change).abs(), atol=1e-7)
 
 
 def test_drift_is_measured_in_turned_bases_too(given, monkeypatch):

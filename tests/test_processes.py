@@ -153,15 +153,24 @@ def test_drift_is_measured_by_all_processes(shard):
     A part of the sample lies outside a process's part of all texts: it is recorded for itself. What the edits need is
     estimated everywhere.
     """
-    budget, priced = (of(2, shard, method=Method(update="priced", budget=within))["edit"] for within in (True, False))
-    alone = of(1, method=Method(budget=True))["edit"].flops - of(1, method=Method(update="priced"))["edit"].flops
+    settings = dataclasses.replace(SETTINGS, method=Method(budget=True))
+
+    def edit_stage(size: int, shard: bool, measured: bool):
+        work = dataclasses.replace(WORK, on_cpu=False, processes=Processes(size, shard))
+        planner = Planner(work, settings, 1000 * GB, None)
+        if not measured:  # the same metric in the same bases
+            planner.settings = dataclasses.replace(settings, method=Method(update="priced"))
+        return planner._edit()
+
+    budget, priced = (edit_stage(2, shard, measured) for measured in (True, False))
+    alone = edit_stage(1, False, True).flops - edit_stage(1, False, False).flops
     assert budget.flops_of_all - priced.flops_of_all == 2 * (budget.flops - priced.flops)
     if shard:
         assert budget.flops - priced.flops == alone
     else:
         matrices = edit_matrices(WORK.model, SETTINGS.layers)
         sample = recording_flops(WORK.model, matrices, [batch_size([EditRow((0,) * 256, 1)] * 4, None)])
-        needed = Planner(WORK, dataclasses.replace(SETTINGS, method=Method(budget=True)), GB, None)._needed_flops()
+        needed = Planner(WORK, settings, GB, None)._needed_flops()
         assert 2 * (budget.flops - priced.flops) - alone == 2 * sample + needed
 
 

@@ -5,6 +5,7 @@ leading eigenpairs is assumed to need a basis of :data:`SETTLING` vectors, and :
 tensors on the ``meta`` device: they have shapes, and no memory.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -216,6 +217,7 @@ def choose(
     """
     d_out, d_in = shape
     constraint = default_constraint(kind, shape) if method.constraint == "auto" else method.constraint
+    whole = constraint == "staircase" or (method.budget and kind == "dense")  # crispedit.editors.crispedit
     exponents = (EXPONENT, EXPONENT) if ranks is None else (exponent(d_in, ranks[0]), exponent(d_out, ranks[1]))
     inputs, outputs = (_Side(values=falling(n, p)) for n, p in zip((d_in, d_out), exponents, strict=True))
     if kind == "sketch" and constraint == "staircase":
@@ -228,10 +230,11 @@ def choose(
             side.flops = nystrom_flops(side.size) - eigh_flops(1) * side.cubes
         subspace = _cross(_spectrum(inputs, outputs, (inputs.known, outputs.known)), energy)
         working = EIGH_BYTES * max(inputs.known, outputs.known) ** 2
-    elif constraint == "staircase":
+    elif whole:
         inputs.diagonalise()
         outputs.diagonalise()
-        subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy, method.form)
+        form = method.form if constraint == "staircase" else "cross"
+        subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy, form)
         working = EIGH_BYTES * max(shape) ** 2
     else:
         r, c = _search_cross(inputs, outputs, energy)
@@ -241,7 +244,7 @@ def choose(
         working += max(((EIGH_BYTES - 8) * side.size**2 for side in (inputs, outputs) if side.whole), default=0)
     return Choice(
         update=method.update_of(subspace),
-        rotation=method.rotation,
+        rotation=math.inf if method.budget else method.rotation,
         subspace=subspace,
         flops=inputs.flops + outputs.flops,
         cubes=inputs.cubes + outputs.cubes,

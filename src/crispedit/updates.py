@@ -228,7 +228,7 @@ def leading_counts(subspace: Subspace, rotation: float = ROTATION) -> tuple[int,
     left -= min(8 * r * d_out, 4 * d_out**2)
     if known_of_A == d_in and 4 * d_in**2 <= left:
         return r, d_in
-    return r, max(c, min(known_of_A, int(left / (8 * d_in))))
+    return r, max(c, int(min(known_of_A, left / (8 * d_in))))
 
 
 class Filter(BaseRule):

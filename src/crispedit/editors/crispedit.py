@@ -9,6 +9,7 @@ fine-tuning: Adam on W itself. (CrispEdit, arXiv 2602.15823, Algorithm 1.) With 
 every direction has its price, such that measured drift stays within the budget (:mod:`crispedit.budget`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -23,7 +24,7 @@ from ..models import EditMatrix
 from ..ownership import owned
 from ..priced import PRICE, PricedRule, priced_rule
 from ..rotation import rotated
-from ..rule_choice import rule_elsewhere, update_rule
+from ..rule_choice import coordinates_cost_little, rule_elsewhere, update_rule
 from ..spectra import Constraint
 from ..subspace import Subspace
 from ..training import rows_per_step
@@ -67,26 +68,12 @@ class SubspaceConfig(RuledConfig):
 
     def rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[UpdateRule]:
         """The update rules of matrices under a curvature."""
-        return self._rules(
-            curvature, matrices, self.update, lambda found: update_rule(self.update, found, self.rotation, self.price)
+        return _made(
+            matrices,
+            lambda name: curvature.subspace(name, self.energy, self.constraint),
+            lambda found: update_rule(self.update, found, self.rotation, self.price),
+            lambda matrix, found: rule_elsewhere(matrix, self.update, found, self.rotation),
         )
-
-    def _rules(
-        self,
-        curvature: Curvature,
-        matrices: Sequence[EditMatrix],
-        update: Update | Literal["auto"],
-        rule: Callable[[Subspace], Made],
-    ) -> list[Made | Elsewhere]:
-        """A rule for every matrix that this process trains, made of its subspace where the matrix is."""
-        found: list[Made | Elsewhere] = []
-        for matrix, own in zip(matrices, owned(matrices), strict=True):
-            subspace = curvature.subspace(matrix.name, self.energy, self.constraint)
-            if own:
-                found.append(rule(subspace.to(matrix.parameter.device)))
-            else:
-                found.append(rule_elsewhere(matrix, update, subspace, self.rotation))
-        return found
 
 
 class Config(SubspaceConfig):
@@ -108,9 +95,12 @@ class Config(SubspaceConfig):
         if self.budget is not None:
             Budget.parse(self.budget)
             fields = type(self).model_fields
-            others = any(getattr(self, name) != fields[name].default for name in ("energy", "constraint", "lr"))
+            replaced = ("energy", "constraint", "rotation", "lr")
+            others = any(getattr(self, name) != fields[name].default for name in replaced)
             if others or self.update not in ("auto", "priced"):
-                raise ConfigError("budget takes the place of energy, constraint, update and lr: give one or the other")
+                raise ConfigError(
+                    "budget takes the place of energy, constraint, update, rotation and lr: give one or the other"
+                )
         elif self.frontier > 1:
             raise ConfigError("a frontier is of budgets: give --budget, the largest of them")
         return self
@@ -125,7 +115,50 @@ class Config(SubspaceConfig):
 
     def budget_rules(self, curvature: Curvature, matrices: Sequence[EditMatrix]) -> list[PricedRule]:
         """The rules of matrices that are trained within a budget."""
-        return self._rules(curvature, matrices, "priced", lambda found: priced_rule(found, 0.0, self.rotation, DAMPING))
+        return _made(
+            matrices,
+            lambda name: metric_subspace(curvature, name, self.energy),
+            lambda found: priced_rule(found, 0.0, math.inf, DAMPING),
+            lambda matrix, found: rule_elsewhere(matrix, "priced", found, math.inf),
+        )
+
+
+def metric_subspace(curvature: Curvature, name: str, energy: float) -> Subspace:
+    """A matrix with all that is known of its curvature: what its metric is made of.
+
+    Where a direction has no price of its own, but the mean of many, those that cost nothing are not used, and those
+    that cost much are: all eigenpairs of dense factors are found, however wide they are (docs/decisions.md).
+
+    Args:
+        curvature: Of the capability loss.
+        name: Of the matrix.
+        energy: γ, in terms of which the metric is damped.
+
+    Returns:
+        The subspace: a staircase where coordinates in the whole eigenbasis cost little, else a cross, in whose bases
+        the matrix is seen.
+    """
+    if curvature.factors[name].dense is None:
+        return curvature.subspace(name, energy, "cross")
+    spectrum = curvature.spectrum(name)
+    return Subspace.of(spectrum, energy, "auto" if coordinates_cost_little(spectrum.shape) else "cross")
+
+
+def _made(
+    matrices: Sequence[EditMatrix],
+    subspace_of: Callable[[str], Subspace],
+    rule: Callable[[Subspace], Made],
+    elsewhere: Callable[[EditMatrix, Subspace], Elsewhere],
+) -> list[Made | Elsewhere]:
+    """A rule for every matrix that this process trains, made of its subspace where the matrix is; for others the bases.
+
+    Subspaces are asked for by all processes, which solve their eigenproblems together.
+    """
+    found: list[Made | Elsewhere] = []
+    for matrix, own in zip(matrices, owned(matrices), strict=True):
+        subspace = subspace_of(matrix.name)
+        found.append(rule(subspace.to(matrix.parameter.device)) if own else elsewhere(matrix, subspace))
+    return found
 
 
 def edit(problem: EditProblem, config: Config) -> Iterator[Round]:
