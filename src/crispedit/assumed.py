@@ -18,7 +18,7 @@ from .description import ENERGY, RANK, TAKEN
 from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
-from .rule_choice import chosen_update, step_flops
+from .rule_choice import chosen_update, matrix_turns_for_less, step_flops
 from .spectra import default_constraint
 from .spectrum import Spectrum
 from .subspace import Form, Subspace
@@ -217,7 +217,10 @@ def choose(
     """
     d_out, d_in = shape
     constraint = default_constraint(kind, shape) if method.constraint == "auto" else method.constraint
-    whole = constraint == "staircase" or (method.budget and kind == "dense")  # crispedit.editors.crispedit
+    if method.budget and kind == "dense":  # crispedit.editors.crispedit.metric_subspace
+        whole, crossed = True, not matrix_turns_for_less(shape)
+    else:
+        whole, crossed = constraint == "staircase", False
     exponents = (EXPONENT, EXPONENT) if ranks is None else (exponent(d_in, ranks[0]), exponent(d_out, ranks[1]))
     inputs, outputs = (_Side(values=falling(n, p)) for n, p in zip((d_in, d_out), exponents, strict=True))
     if kind == "sketch" and constraint == "staircase":
@@ -233,7 +236,7 @@ def choose(
     elif whole:
         inputs.diagonalise()
         outputs.diagonalise()
-        form = method.form if constraint == "staircase" else "cross"
+        form = "cross" if crossed else method.form
         subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy, form)
         working = EIGH_BYTES * max(shape) ** 2
     else:

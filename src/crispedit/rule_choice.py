@@ -69,6 +69,15 @@ def coordinates_cost_little(shape: tuple[int, int]) -> bool:
     return 4 * sum(shape) <= AFFORDABLE * 6 * TOKENS
 
 
+def matrix_turns_for_less(shape: tuple[int, int]) -> bool:
+    """Whether turning a matrix (d_out, d_in) into whole eigenbases twice a step costs less than turning its tokens.
+
+    The gradient goes there and the update back; of tokens there are :data:`TOKENS` in a step.
+    """
+    d_out, d_in = shape
+    return d_out * d_in * (d_out + d_in) <= TOKENS * (d_out**2 + d_in**2)
+
+
 def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:
     """The best rule that a matrix can pay for, by counting; of quality and price: docs/decisions.md.
 

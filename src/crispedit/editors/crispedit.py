@@ -24,7 +24,7 @@ from ..models import EditMatrix
 from ..ownership import owned
 from ..priced import PRICE, PricedRule, priced_rule
 from ..rotation import rotated
-from ..rule_choice import coordinates_cost_little, rule_elsewhere, update_rule
+from ..rule_choice import matrix_turns_for_less, rule_elsewhere, update_rule
 from ..spectra import Constraint
 from ..subspace import Subspace
 from ..training import rows_per_step
@@ -135,13 +135,12 @@ def metric_subspace(curvature: Curvature, name: str, energy: float) -> Subspace:
         energy: γ, in terms of which the metric is damped.
 
     Returns:
-        The subspace: a staircase where coordinates in the whole eigenbasis cost little, else a cross, in whose bases
-        the matrix is seen.
+        The subspace: a staircase, or a cross, in whose bases the matrix is seen, where that is the cheaper way to turn.
     """
     if curvature.factors[name].dense is None:
         return curvature.subspace(name, energy, "cross")
     spectrum = curvature.spectrum(name)
-    return Subspace.of(spectrum, energy, "auto" if coordinates_cost_little(spectrum.shape) else "cross")
+    return Subspace.of(spectrum, energy, "auto" if matrix_turns_for_less(spectrum.shape) else "cross")
 
 
 def _made(
