@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import together
+from crispedit import distributed, ranks
 
 SIZES = (2, 3)
 STAGES = ["factors", "training", "budget", "evaluation", "sharded"]
@@ -164,3 +165,34 @@ def test_on_one_process_nothing_is_different(tmp_path, monkeypatch):
     assert tensor.tolist() == [1, 1, 1]
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     assert json.loads(json.dumps(distributed.from_main(lambda: 5))) == 5
+
+
+class _Part:
+    """What one process has of a tensor that FSDP2 has divided by its rows."""
+
+    def __init__(self, whole: torch.Tensor, rank: int, size: int) -> None:
+        self.shape, self.numel = whole.shape, whole.numel
+        chunks = torch.chunk(whole, size)
+        self._part = chunks[rank] if rank < len(chunks) else whole[:0]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def to_local(self) -> torch.Tensor:
+        return self._part
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (4, 5), (2, 2), (9,), (12, 2, 2)])
+@pytest.mark.parametrize("step", [1, 2, 5, 100])
+def test_every_nth_number_of_a_divided_tensor(monkeypatch, shape, step):
+    """Of three processes, some with fewer rows and some with none; every number comes from one of them."""
+    whole, found = torch.randn(shape), []
+    whole.view(-1)[0] = -0.0
+    monkeypatch.setattr(distributed, "sum_tensors", lambda tensors: found.append(tensors[0].clone()))
+    monkeypatch.setattr(ranks, "size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        distributed.every_nth(_Part(whole, rank, 3), step)
+    expected = whole.reshape(-1)[::step]
+    assert torch.equal(torch.stack(found).sum(0, dtype=torch.int32), expected.contiguous().view(torch.int32))
+    assert torch.equal(distributed.every_nth(whole, step), expected)
