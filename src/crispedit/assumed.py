@@ -18,7 +18,7 @@ from .description import ENERGY, RANK, TAKEN
 from .eigen import at_most, grown
 from .errors import ConfigError
 from .moments import Kind, sketch_rank
-from .rule_choice import chosen_update, matrix_turns_for_less, step_flops
+from .rule_choice import chosen_update, metric_form, step_flops
 from .spectra import default_constraint
 from .spectrum import Spectrum
 from .subspace import Form, Subspace
@@ -217,10 +217,7 @@ def choose(
     """
     d_out, d_in = shape
     constraint = default_constraint(kind, shape) if method.constraint == "auto" else method.constraint
-    if method.budget and kind == "dense":  # crispedit.editors.crispedit.metric_subspace
-        whole, crossed = True, not matrix_turns_for_less(shape)
-    else:
-        whole, crossed = constraint == "staircase", False
+    metric = method.budget and kind == "dense"  # crispedit.editors.crispedit.metric_subspace
     exponents = (EXPONENT, EXPONENT) if ranks is None else (exponent(d_in, ranks[0]), exponent(d_out, ranks[1]))
     inputs, outputs = (_Side(values=falling(n, p)) for n, p in zip((d_in, d_out), exponents, strict=True))
     if kind == "sketch" and constraint == "staircase":
@@ -233,10 +230,10 @@ def choose(
             side.flops = nystrom_flops(side.size) - eigh_flops(1) * side.cubes
         subspace = _cross(_spectrum(inputs, outputs, (inputs.known, outputs.known)), energy)
         working = EIGH_BYTES * max(inputs.known, outputs.known) ** 2
-    elif whole:
+    elif metric or constraint == "staircase":
         inputs.diagonalise()
         outputs.diagonalise()
-        form = "cross" if crossed else method.form
+        form = metric_form(shape) if metric else method.form
         subspace = Subspace.of(_spectrum(inputs, outputs, shape[::-1]), energy, form)
         working = EIGH_BYTES * max(shape) ** 2
     else:

@@ -69,13 +69,13 @@ def coordinates_cost_little(shape: tuple[int, int]) -> bool:
     return 4 * sum(shape) <= AFFORDABLE * 6 * TOKENS
 
 
-def matrix_turns_for_less(shape: tuple[int, int]) -> bool:
-    """Whether turning a matrix (d_out, d_in) into whole eigenbases twice a step costs less than turning its tokens.
+def metric_form(shape: tuple[int, int]) -> Literal["auto", "cross"]:
+    """The form of a subspace whose whole eigenbases a matrix (d_out, d_in) is trained in, by what a step costs less.
 
-    The gradient goes there and the update back; of tokens there are :data:`TOKENS` in a step.
+    ``auto``: its gradient goes there and the update back. ``cross``: tokens do, :data:`TOKENS` of them.
     """
     d_out, d_in = shape
-    return d_out * d_in * (d_out + d_in) <= TOKENS * (d_out**2 + d_in**2)
+    return "auto" if d_out * d_in * (d_out + d_in) <= TOKENS * (d_out**2 + d_in**2) else "cross"
 
 
 def chosen_update(subspace: Subspace, rotation: float = ROTATION) -> Update:

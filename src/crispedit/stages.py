@@ -320,7 +320,8 @@ class Planner:
         # replay is held against
         moved = self.moved.exchanged(4 * (2 * self.steps + 1) * self.entries) + self.moved.steps(self.steps)
         moved += self.moved.recording(len(work.recording())) + self.moved.forward(1) + self.moved.replayed(1)
-        moved += self.moved.texts(len(self._looked_at())) + metering.moved if metering else 0
+        if metering:
+            moved += metering.moved + self.moved.texts(len(self._looked_at()))
         return self._stage("edit", num_bytes + self._after(SLACK * transient), flops, seconds, of_all, moved)
 
     def _metering(self) -> "_Metering":

@@ -24,7 +24,7 @@ from ..models import EditMatrix
 from ..ownership import owned
 from ..priced import PRICE, PricedRule, priced_rule
 from ..rotation import rotated
-from ..rule_choice import matrix_turns_for_less, rule_elsewhere, update_rule
+from ..rule_choice import metric_form, rule_elsewhere, update_rule
 from ..spectra import Constraint
 from ..subspace import Subspace
 from ..training import rows_per_step
@@ -140,7 +140,7 @@ def metric_subspace(curvature: Curvature, name: str, energy: float) -> Subspace:
     if curvature.factors[name].dense is None:
         return curvature.subspace(name, energy, "cross")
     spectrum = curvature.spectrum(name)
-    return Subspace.of(spectrum, energy, "auto" if matrix_turns_for_less(spectrum.shape) else "cross")
+    return Subspace.of(spectrum, energy, metric_form(spectrum.shape))
 
 
 def _made(
