@@ -1,12 +1,15 @@
 """Directories and JSON files are written whole or not at all."""
 
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from crispedit.artifacts import check_space, check_writable, read_json, write_directory, write_json
+from crispedit.artifacts import check_space, check_writable, read_json, write_directory, write_json, write_tensors
 from crispedit.errors import ArtifactError
 
 
@@ -41,6 +44,21 @@ def test_an_existing_directory_is_kept_until_the_new_one_is_whole(tmp_path):
     with write_directory(old, overwrite=True) as building:
         (building / "new").write_text("y")
     assert [p.name for p in old.iterdir()] == ["new"]
+
+
+def test_others_may_read_what_is_written_as_far_as_the_umask_lets_them(tmp_path):
+    """safetensors leaves its files for their owner alone: a server under another account could not load a model."""
+    earlier = os.umask(0o027)
+    try:
+        with write_directory(tmp_path / "model") as building:
+            (building / "deep").mkdir()
+            save_file({"a": torch.zeros(2)}, building / "deep" / "model.safetensors")
+        write_tensors(tmp_path / "patch.safetensors", {"a": torch.zeros(2)}, {}, "a patch")
+    finally:
+        os.umask(earlier)
+    for file in ("model/deep/model.safetensors", "patch.safetensors"):
+        assert (tmp_path / file).stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
 
 
 def test_too_little_space_says_how_much(tmp_path):

@@ -73,18 +73,25 @@ def test_unseen_inputs_count_where_auto_spends_more_than_two_hundredths():
     assert Budget.parse("6%").unseen(0.06 * loss, loss) == Budget.parse("0.05").unseen(0.05, loss) == 0
 
 
-@pytest.mark.parametrize("given", ["", "x", "0", "-1%", "nan", "inf", 0.0, "1%%"])
+@pytest.mark.parametrize("given", ["", "x", "0", "-1%", "nan", "inf", 0.0, "1%%", "1_0%", "500%"])
 def test_what_is_no_budget_is_refused(given):
     with pytest.raises(ConfigError, match=r"it must be nats per token above 0, such as 0\.01, or a share"):
         Budget.parse(given)
 
 
+def test_a_budget_above_the_whole_loss_is_refused_with_what_may_be_meant():
+    assert Budget.parse(0.8).nats(0.82) == 0.8
+    with pytest.raises(
+        ConfigError, match=r"of 5 nats per token is more than .* \(0\.82\); 5% of it would be --budget 5%"
+    ):
+        Budget.parse("5").nats(0.82)
+
+
 def test_a_budget_and_a_threshold_do_not_go_together():
     assert configured("crispedit", {"budget": "1%"})[1].budget == "1%"
-    configured("crispedit", {"budget": 0.1, "energy": 0.9, "constraint": "auto", "update": "auto"})  # as in a record
-    configured("crispedit", {"budget": 0.1, "update": "priced"})  # as in a session
-    with pytest.raises(ConfigError, match="budget takes the place of energy, constraint, update, rotation and lr"):
-        configured("crispedit", {"budget": 0.1, "energy": 0.5})
+    configured("crispedit", {"budget": 0.1, **Config.in_rounds})  # as in a session
+    with pytest.raises(ConfigError, match="budget takes the place of energy, price: give one or the other"):
+        configured("crispedit", {"budget": 0.1, "energy": 0.9, "price": 1})
     with pytest.raises(ConfigError, match="budget takes the place of"):
         configured("crispedit", {"budget": 0.1, "lr": 1e-3})
     with pytest.raises(ConfigError, match="budget is '1 cent'"):
@@ -555,11 +562,16 @@ def test_evaluate_checks_the_certificate_again(tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / "edited" / "crispedit.json").read_text())
     evaluate = ["evaluate", "edited", "bundled:eval", "--limit", "6", "--base", "bundled"]
     assert cli._run([*evaluate, "--json", "found.json", "--report", "found.md"]) == 0
-    assert "Damage budget: Met: drift of 0.0" in (tmp_path / "found.md").read_text()
+    for printed in (capsys.readouterr().out, (tmp_path / "found.md").read_text()):
+        assert "Damage budget: Met: drift of 0.0" in printed
+        assert "The base is not what was edited" not in printed
     found = json.loads((tmp_path / "found.json").read_text())["capability"]["budget"]
     assert found["met"]
+    assert found["same_base"]
     assert found["budget"] == record["metrics"]["budget"]["budget"]
     assert found["recorded"]["drift"] == record["metrics"]["budget"]["drift"]
+    assert cli._run([*evaluate[:-1], "edited"]) == 0
+    assert "The base is not what was edited: its weights are others" in capsys.readouterr().out
     assert cli._run(["edit", "--rerun", "edited/crispedit.json", "--out", "again"]) == 0
     again = json.loads((tmp_path / "again" / "crispedit.json").read_text())
     assert again["metrics"]["budget"]["drift"] == record["metrics"]["budget"]["drift"]

@@ -5,9 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
+import transformers
 
 from crispedit import cli
 from crispedit.capability import bundled_items
+from crispedit.memory import free_memory
 from crispedit.models import model_directory
 
 ROWS = [
@@ -343,3 +346,27 @@ def test_help_names_the_commands(capsys):
     said = capsys.readouterr().out
     for command in ("demo", "curvature", "plan", "edit", "evaluate", "ask"):
         assert f"\n  {command} " in said
+
+
+def test_no_room_on_a_device_is_said_in_a_line(work, capsys, monkeypatch):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr("crispedit.edit_job.load_model", no_room)
+    assert cli._run(["edit", "bundled", "edits.json", "--out", "out"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("crispedit: out of memory: CUDA out of memory. Tried to allocate 20 MiB…; 'crispedit plan'")
+    assert not (work / "out").exists()
+
+
+def test_blocks_that_are_not_there_are_refused_before_weights_are_read(work, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    assert cli._run(["edit", "bundled", "edits.json", "--out", "out", "--layers", "9"]) == 2
+    assert "layer 9 is outside the model" in capsys.readouterr().err
+
+
+def test_what_torch_keeps_of_a_gpus_memory_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda:0")) == 40

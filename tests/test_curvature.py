@@ -466,7 +466,10 @@ def test_eigenproblems_are_solved_where_the_matrices_are(curvature, monkeypatch)
     assert merge([curvature]).spectra.places == curvature.spectra.places
 
 
-def test_where_a_gpu_has_no_room_the_curvature_is_diagonalised_in_main_memory(curvature, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError(), torch.linalg.LinAlgError(), RuntimeError("cusolver error: CUSOLVER_STATUS…")]
+)
+def test_where_a_gpu_cannot_the_curvature_is_diagonalised_in_main_memory(failure, curvature, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     (name, _) = curvature.factors
     monkeypatch.setattr(Factors, "to", lambda factors, device: (factors, device)[0])
@@ -477,13 +480,22 @@ def test_where_a_gpu_has_no_room_the_curvature_is_diagonalised_in_main_memory(cu
     def of(A, G):
         attempts.append(len(A))
         if len(attempts) == 1:
-            raise torch.OutOfMemoryError
+            raise failure
         return expected
 
     monkeypatch.setattr(Spectrum, "of", of)
     assert curvature.spectrum(name) is expected
     assert len(attempts) == 2
     assert "in main memory" in caplog.text
+
+
+def test_what_else_goes_wrong_on_a_gpu_is_not_taken_for_that(curvature, monkeypatch):
+    (name, _) = curvature.factors
+    monkeypatch.setattr(Factors, "to", lambda factors, device: factors)
+    monkeypatch.setattr(Spectrum, "of", lambda A, G: torch.zeros(2) @ torch.zeros(3))
+    curvature.spectra.places[name] = torch.device("cuda:0")
+    with pytest.raises(RuntimeError, match="size"):
+        curvature.spectrum(name)
 
 
 def test_a_sketch_that_stays_where_it_is_knows_its_eigenpairs():

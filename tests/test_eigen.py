@@ -5,7 +5,7 @@ import torch
 
 from crispedit import eigen
 from crispedit.eigen import TopSolver, full_eigenpairs, refreshed
-from crispedit.errors import NumericsError
+from crispedit.errors import ConfigError, NumericsError
 from crispedit.estimation import estimate_factors
 from crispedit.models import edit_matrices
 from crispedit.texts import text_batches
@@ -196,6 +196,13 @@ def test_a_warm_start_saves_products_and_misses_no_new_direction(monkeypatch):
     assert warm.products < cold.products
     assert (found.values - expected.values)[:COUNT].abs().max() < 1e-12
     assert abs(float(found.vectors[:, 0] @ new_direction[:, 0])) == pytest.approx(1, abs=1e-10)
+
+
+def test_what_lapack_cannot_count_is_refused(monkeypatch):
+    monkeypatch.setattr(eigen, "WIDEST", 7)
+    full_eigenpairs(torch.eye(7))
+    with pytest.raises(ConfigError, match=r"factor of W is 8 wide, and at most 7 can .*--factors sketch"):
+        full_eigenpairs(torch.eye(8), "W")
 
 
 def test_a_number_that_is_not_finite_is_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crispedit import cli, editing
+from crispedit.console_edit import print_frontier
 from crispedit.editors import configured
 from crispedit.errors import ConfigError
 from crispedit.frontier import draw_frontier, frontier, knee, put_back, success
@@ -135,3 +136,12 @@ def test_a_frontier_from_the_command_line(tmp_path, monkeypatch, capsys):
     alone = json.loads(Path("b.json").read_text())["metrics"]
     assert alone["budget"]["drift"] == pytest.approx(metrics["budget"]["drift"], rel=1e-6)
     assert alone["after"] == metrics["after"]
+
+
+@pytest.mark.parametrize(("kept", "said"), [(70.0, True), (90.0, False)])
+def test_an_edit_that_says_less_than_one_within_a_smaller_budget_is_not_kept_without_a_word(kept, said, capsys):
+    """The smaller ones went on from it: there were too few epochs for the largest."""
+    points = [point(0.004, 90.0, 90.0), point(0.008, kept, kept)]
+    print_frontier({"points": points, "fine_tuning": FINE_TUNING, "knee": 0.004})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("within 0.008, says less than that within 0.004" in printed) == said

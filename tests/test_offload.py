@@ -6,14 +6,15 @@ import json
 import pytest
 import torch
 from accelerate.utils import OffloadedWeightsLoader
+from safetensors.torch import load_file, save_file
 
-from crispedit import cli
+from crispedit import cli, editing
 from crispedit.budget import Budgeted
-from crispedit.checkpoint import load_edited
+from crispedit.checkpoint import check_files, load_edited
 from crispedit.editing import edit
-from crispedit.errors import ConfigError
+from crispedit.errors import ConfigError, EditFailed
 from crispedit.models import decoder_blocks, edit_matrices, fingerprint, load_model
-from crispedit.offload import State, waiting
+from crispedit.offload import State, in_one_place, waiting
 from crispedit.processes import ALONE, Processes
 from families import CHATML, FAMILIES, tiny_model, tiny_tokenizer
 
@@ -103,6 +104,39 @@ def test_an_edit_is_the_same_and_reads_nothing_while_it_is_trained(stored, check
     assert len(counts) > 2
     assert set(counts) == {counts[0]} != {0}
     assert len(reads) > counts[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2's head is its embedding, and stored once
+def test_of_a_model_that_waits_there_is_no_second_one_to_read(name, checkpoint, tmp_path, monkeypatch):
+    """Where it would not fit into one place: files are compared with the weights, tensor by tensor."""
+    loaded = load_model(checkpoint(name), offload="disk", edited=from_block(2))
+    assert not in_one_place(loaded.model)
+    assert in_one_place(tiny_model(name))
+    result = edit(loaded.model, loaded.tokenizer, EDITS, epochs=2, **SETTINGS)
+    monkeypatch.setattr(editing, "read_back", None)
+    result.save(tmp_path / "edited")
+    check_files(loaded.model, tmp_path / "edited", torch.float32)
+    (file,) = (tmp_path / "edited").glob("*.safetensors")
+    stored = load_file(file)
+    for number, tensor in enumerate(stored):
+        if number % 5 == 0:
+            save_file({**stored, tensor: stored[tensor] + 1}, file)
+            with pytest.raises(EditFailed, match=f"{tensor} of the saved model is not what was to be saved"):
+                check_files(loaded.model, tmp_path / "edited", torch.float32)
+            save_file({key: value for key, value in stored.items() if key != tensor}, file)
+            with pytest.raises(EditFailed, match=f"the saved model has no ({tensor}|lm_head.weight)"):
+                check_files(loaded.model, tmp_path / "edited", torch.float32)
+
+
+def test_an_edited_block_that_a_device_map_leaves_elsewhere_is_refused(checkpoint):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{number}": "disk" if number == 3 else "cpu" for number in range(4)}
+    source = checkpoint()
+    load_model(source, device_map=places, edited=lambda model: edit_matrices(model, [2]))
+    with pytest.raises(
+        ConfigError, match=r"leaves block 3, which is to be edited, on the CPU or disk: edit other --lay"
+    ):
+        load_model(source, device_map=places, edited=from_block(2))
 
 
 def test_a_plan_counts_what_stays(checkpoint):

@@ -302,6 +302,17 @@ def test_an_interrupted_recording_leaves_the_model_whole():
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 
+@pytest.mark.parametrize("theirs", [1e-3, float("inf")])
+def test_what_does_not_fit_one_process_is_used_by_none(theirs, monkeypatch):
+    """Batches are drawn otherwise where rows are packed: all processes have to decide alike."""
+    model = tiny_llama()
+    matrices, rows = edit_matrices(model, (1,)), some_rows()
+    assert row_logits(model, matrices, rows).packed
+    monkeypatch.setattr(replay.distributed, "gather", lambda error: [error, theirs])
+    found = row_logits(model, matrices, rows)
+    assert (found.start, found.packed) == ("whole", False)
+
+
 def test_what_is_wrong_with_the_caller_is_not_swallowed():
     """Only what says that a model is made otherwise leads to less replay."""
     assert issubclass(replay._Unfit, CrispEditError)

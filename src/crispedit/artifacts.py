@@ -29,12 +29,12 @@ if TYPE_CHECKING:  # the command line needs this module before it knows whether 
     from torch import Tensor
 
 
-def check_writable(directory: Path, *, overwrite: bool = False) -> None:
+def check_writable(directory: Path, *, overwrite: bool | None = False) -> None:
     """Refuses a place where a new directory cannot be written, before any work is done.
 
     Args:
         directory: Where the result is to go.
-        overwrite: Whether something that is already there may be replaced.
+        overwrite: Whether something that is already there may be replaced; ``None`` where no option says that it may.
 
     Raises:
         ArtifactError: It is a file, or a directory that is not empty, or cannot be created.
@@ -44,7 +44,8 @@ def check_writable(directory: Path, *, overwrite: bool = False) -> None:
     if directory.is_file():
         raise ArtifactError(f"'{directory}' is a file; name a new directory")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise ArtifactError(f"the directory '{directory}' is not empty; name another one or give --overwrite")
+        instead = "name another one" + ("" if overwrite is None else " or give --overwrite")
+        raise ArtifactError(f"the directory '{directory}' is not empty; {instead}")
     parent = directory.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -112,6 +113,9 @@ def write_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pat
     try:
         with building_beside(directory) as building:
             yield building
+            for file in building.rglob("*"):
+                if file.is_file():
+                    _open_to_others(file)
             if directory.is_dir():
                 shutil.rmtree(directory)
             building.replace(directory)
@@ -176,6 +180,11 @@ def _umask() -> int:
     return current
 
 
+def _open_to_others(file: Path) -> None:
+    """Gives a file the permissions that every new file has: safetensors (0.8) leaves one for its owner alone."""
+    file.chmod(0o666 & ~_umask())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON; see :func:`write_text`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -223,6 +232,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", about: Mapping[st
         save_file(dict(tensors), temporary, metadata=dict(about))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        _open_to_others(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

@@ -16,6 +16,7 @@ tried is in docs/decisions.md.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -88,7 +89,7 @@ class Budget:
             The budget.
 
         Raises:
-            ConfigError: It is neither, or not above 0.
+            ConfigError: It is neither, or not above 0, or a share above 100%.
         """
         if isinstance(given, Budget):
             return given
@@ -96,13 +97,13 @@ class Budget:
         if text == "auto":
             return cls(share=DEFAULT, auto=True)
         try:
-            value = float(text.removesuffix("%"))
+            value = float(text.removesuffix("%").replace("_", "?"))  # Python reads 1_0 as ten
         except ValueError:
             value = math.nan
-        if not 0 < value < math.inf:
+        if not 0 < value <= (100 if text.endswith("%") else sys.float_info.max):
             raise ConfigError(
                 f"budget is '{given}'; it must be nats per token above 0, such as 0.01, or a share of the base "
-                "model's loss, such as 1%; auto is 2% or what the edits need, at most 6%"
+                "model's loss up to 100%, such as 1%; auto is 2% or what the edits need, at most 6%"
             )
         return cls(share=value / 100) if text.endswith("%") else cls(amount=value)
 
@@ -112,8 +113,16 @@ class Budget:
         Args:
             loss_base: Of the base model on the texts.
             linear: :func:`linear_drift` of the edits.
+
+        Raises:
+            ConfigError: It is more than that loss: it would bound nothing that is worth having.
         """
         if self.amount is not None:
+            if self.amount > loss_base:
+                raise ConfigError(
+                    f"a budget of {self.amount:g} nats per token is more than the base model's whole loss on the texts "
+                    f"({loss_base:.3g}); {self.amount:g}% of it would be --budget {self.amount:g}%"
+                )
             return self.amount
         least = (self.share or 0.0) * loss_base
         return max(least, min(MOST * loss_base, REACH * linear * RATIO / AIM)) if self.auto else least

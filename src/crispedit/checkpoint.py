@@ -108,28 +108,31 @@ def write_model(
     write_json(directory / "config.json", config)
 
 
-def check_files(state: Mapping[str, Tensor], directory: Path, dtype: torch.dtype, computed: torch.dtype) -> None:
+def check_files(model: Any, directory: Path, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> None:
     """Compares the files of a written model, tensor by tensor, with what was to be written, bit for bit.
 
     Args:
-        state: The model's tensors by name.
-        directory: Where :func:`write_model` wrote them.
+        model: The model that was written.
+        directory: Where :func:`write_model` wrote it.
         dtype: In which dtype.
-        computed: The dtype of those tensors that are stored in ``dtype``.
+        state: The model's tensors, where they are not in the model itself.
 
     Raises:
         EditFailed: A tensor is missing, or another one.
     """
+    state = State(model) if state is None else state
     written: set[str] = set()
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is no dictionary
-                wanted = state[name].to(dtype) if state[name].dtype == computed else state[name]
-                if not torch.equal(file.get_tensor(name), wanted):
+                tensor = state[name]
+                wanted = tensor.to(dtype) if tensor.dtype == model.dtype else tensor
+                if not torch.equal(file.get_tensor(name), wanted.cpu()):
                     raise EditFailed(f"{name} of the saved model is not what was to be saved; nothing was kept")
                 written.add(name)
-    there = {(state[name].data_ptr(), state[name].shape) for name in written}
-    if missing := [name for name, t in state.items() if name not in written and (t.data_ptr(), t.shape) not in there]:
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})  # stored once
+    there = written | {name for pair in tied.items() if written & set(pair) for name in pair}
+    if missing := [name for name in state if name not in there]:
         raise EditFailed(f"the saved model has no {missing[0]}; nothing was kept")
 
 

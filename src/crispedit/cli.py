@@ -228,8 +228,16 @@ def plan(
     write_json_file(json, found.record())
 
 
+AGAIN = (
+    "model", "edits", "out", "curvature", "texts", "save", "plot", "device", "dtype", "device_map", "offload", "shard",
+    "trust_remote_code", "overwrite", "json", "rerun",
+)  # fmt: skip
+"""What may be said anew of a run that is repeated."""
+
+
 @app.command()
 def edit(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")] = None,
     edits: Annotated[
         str | None, typer.Argument(help="A .json, .jsonl or .csv file, or bundled:demo|eval|train.")
@@ -291,6 +299,10 @@ def edit(
     }
     settings = {name: value for name, value in named.items() if value is not None} | parse_settings(set_ or [])
     if rerun is not None:
+        for name in context.params:
+            if name not in AGAIN and context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
+                option = name.rstrip("_").replace("_", "-")
+                raise ConfigError(f"--rerun repeats a run with its own settings: leave out --{option}, or --rerun")
         job = EditJob.from_record(rerun, model=model, edits=edits, curvature=curvature, texts=texts)
     else:
         job = EditJob(
@@ -629,6 +641,9 @@ def _run(arguments: list[str] | None) -> int:
             message = " ".join(error.format_message().split())
             _say(f"{message.rstrip('.')}; see 'crispedit --help'")
             return 2
+        if type(error).__name__ == "OutOfMemoryError" and not debug:  # torch's, which may not be imported yet
+            _say(f"out of memory: {' '.join(str(error).split())[:150]}…; 'crispedit plan' says what would fit")
+            return 1
         raise
 
 

@@ -526,7 +526,7 @@ def _check_directory(out: Path, shared: dict[str, Any]) -> None:
     """Refuses a directory that cannot be written, holds something else, or another comparison."""
     check_writable(out, overwrite=True)
     if not (out / ABOUT).is_file():
-        check_writable(out)
+        check_writable(out, overwrite=None)
         return
     about = read_json(out / ABOUT)
     for name, said in (

@@ -111,6 +111,7 @@ def print_proof(result: "EditResult") -> None:
 
 def print_frontier(found: dict[str, Any]) -> None:
     """What every budget bought, and where more of it begins to buy little."""
+    from .frontier import success
 
     def row(name: str, point: dict[str, Any]) -> list[str]:
         scores = (percent(point[name]) for name in ("reliability", "generalization", "locality"))
@@ -121,6 +122,14 @@ def print_frontier(found: dict[str, Any]) -> None:
     header = ("", "drift", "reliability", "generalization", "locality")
     print_table("What a damage budget buys; asked of the edits of the proof, in %", header, rows)
     out.print(f"beyond a budget of {found['knee']:.2g} more drift buys little (the knee)", soft_wrap=True)
+    *smaller, kept = found["points"]
+    better = max(smaller, key=success, default=kept)
+    if success(better) > success(kept):
+        out.print(
+            f"the edit that is kept, within {kept['budget']:.2g}, says less than that within {better['budget']:.2g}, "
+            "which went on from it: it was trained too briefly; give it more --epochs",
+            soft_wrap=True,
+        )
 
 
 def print_certificate(found: dict[str, Any]) -> None:

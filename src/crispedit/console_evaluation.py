@@ -72,6 +72,14 @@ def print_differences(rows: Sequence[Mapping[str, Any]]) -> None:
         out.print(f"a loss, if any, below {SMALL:g} point by these intervals: {'; '.join(small)}", soft_wrap=True)
 
 
+def print_budget(found: Mapping[str, Any] | None) -> None:
+    """The certificate of an edit within a budget, checked again (:meth:`crispedit.evaluate_job.Evaluated.budget`)."""
+    from .report_verdict import certificate
+
+    if found is not None:
+        out.print(f"Damage budget: {certificate(found)}", soft_wrap=True)
+
+
 def print_judged(about: dict[str, Any]) -> None:
     """Where a judge and exact match differ; of answers that were not judged, why."""
     if about["name"] == "exact":

@@ -32,6 +32,7 @@ from .errors import ConfigError, EditFailed, EditsError
 from .generation import Answer, Ids
 from .memory import give_back
 from .models import EditMatrix, context_length, fingerprint, frozen, tensor_fingerprints
+from .offload import in_one_place
 from .patch import Patch, StoredTensors
 from .precision import float32_masters
 from .progress import Progress, no_progress
@@ -123,11 +124,12 @@ class EditResult:
         return Path(directory)
 
     def _fill(self, building: Path, *, form: Form, state: dict[str, Tensor] | None, progress: Progress) -> None:
-        if form == "model" and state is not None:  # no process can ask a model of which it holds a part
-            write_model(self.model, self.tokenizer, building, self.stored_dtype, state)
-            check_files(state, building, self.stored_dtype, self.model.dtype)
-        elif form == "delta":
+        if form == "delta":
             self.patch.write(building / PATCH)
+        elif state is not None or not in_one_place(self.model):
+            # no process can ask a model of which it holds a part; and of one that no device holds there is no second
+            write_model(self.model, self.tokenizer, building, self.stored_dtype, state)
+            check_files(self.model, building, self.stored_dtype, state)
         else:
             write_model(self.model, self.tokenizer, building, self.stored_dtype)
             started = time.monotonic()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import NumericsError
+from .errors import ConfigError, NumericsError
 
 BLOCK = 16
 """Columns of a block: the fewest that products are not much slower for. A narrow block needs fewer columns in all."""
@@ -33,6 +33,8 @@ NOVELTY = 1e-2
 MISSED, ROUNDS = 1e-3, 3
 """A refreshed basis may miss this share of the energy that it could hold; rounds that it is given to get there."""
 TILE = 1024
+WIDEST = 32_766
+"""LAPACK counts the 2 n² numbers that its solver works with in 32 bits."""
 """Rows and columns of what is converted at a time."""
 
 
@@ -113,7 +115,13 @@ def full_eigenpairs(matrix: Tensor, name: str = "") -> Eigenpairs:
 
     Raises:
         NumericsError: A number is not finite.
+        ConfigError: The matrix is wider than LAPACK can diagonalise.
     """
+    if matrix.device.type == "cpu" and len(matrix) > WIDEST:
+        raise ConfigError(
+            f"the curvature factor of {name} is {len(matrix):,} wide, and at most {WIDEST:,} can be diagonalised whole "
+            "on a CPU: compute the curvature with --factors sketch"
+        )
     double = _symmetric(matrix, name)
     values, vectors = torch.linalg.eigh(double)
     values = values.flip(0).clamp(min=0)  # two tiny negative eigenvalues would make a positive product

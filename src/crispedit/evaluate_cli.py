@@ -122,7 +122,7 @@ def evaluate(
         rows = measure_rows(found, progress=progress) if found.before is not None or report else []
     if not ranks.is_main():
         return  # the main process shows what all have found
-    from .console_evaluation import print_differences, print_evaluations, print_judged, print_tasks
+    from .console_evaluation import print_budget, print_differences, print_evaluations, print_judged, print_tasks
 
     result = found.summary()
     judged = "" if result["no_context"] is None else f", judge: {decide.name}"
@@ -130,6 +130,7 @@ def evaluate(
     if found.before is not None:
         result["differences"] = differences_record(rows)
         print_differences(rows)
+    print_budget(result["capability"].get("budget"))
     if result["judge"] is not None:
         print_judged(result["judge"])
     if "harness" in result:

@@ -49,6 +49,7 @@ class Evaluated:
         endpoint: Where the model is, if it is behind a live server.
         harness: Tasks of lm-evaluation-harness, and how they came about.
         texts_sha256: Of the texts that drift was measured on.
+        base_fingerprint: Of the base's weights (:func:`crispedit.models.fingerprint`).
     """
 
     model: str
@@ -63,21 +64,29 @@ class Evaluated:
     endpoint: dict[str, Any] | None = None
     harness: dict[str, Any] | None = None
     texts_sha256: str | None = None
+    base_fingerprint: str | None = None
 
     def budget(self) -> dict[str, Any] | None:
         """The recorded budget against the drift that was measured now; ``None`` where there is none, or no base.
 
         Returns:
-            What :func:`crispedit.certificate.measured` says, with ``recorded``, the certificate of the edit itself,
-            and ``same_texts``, whether both are of the same texts.
+            What :func:`crispedit.certificate.measured` says, with ``recorded``, the certificate of the edit itself;
+            ``same_texts``, whether both are of the same texts; and ``same_base``, whether drift is from the weights
+            that were edited.
         """
-        recorded = ((self.record or {}).get("metrics") or {}).get("budget")
+        record = self.record or {}
+        recorded = (record.get("metrics") or {}).get("budget")
         if recorded is None or self.after.texts is None or not self.after.has_base:
             return None
         assert self.texts_sha256 is not None
         kept = {name: recorded[name] for name in ("drift", "low", "high", "met", "texts_sha256")}
         found = measured(recorded["budget"], self.after.texts, self.texts_sha256)
-        return {**found, "recorded": kept, "same_texts": self.texts_sha256 == recorded["texts_sha256"]}
+        return {
+            **found,
+            "recorded": kept,
+            "same_texts": self.texts_sha256 == recorded["texts_sha256"],
+            "same_base": self.base_fingerprint == record["model"]["fingerprint"],
+        }
 
     def summary(self) -> dict[str, Any]:
         """The means of the model, in the shape of :func:`crispedit.evaluation.evaluate`.
@@ -153,8 +162,9 @@ def evaluate_job(
     loaded = load_edited(model, **options, shard=shard)
     check_same(loaded, edit_set, chosen, settings=[protocol, chat, stop_at_period, judge.name, base])
     base_model = load_edited(base, **options, shard=shard).model if base is not None else None
-    if base_model is not None:
-        distributed.check_equal({"the base model's weights": fingerprint(base_model)})
+    base_fingerprint = fingerprint(base_model) if base_model is not None else None
+    if base_fingerprint is not None:
+        distributed.check_equal({"the base model's weights": base_fingerprint})
     if shard:
         for one in (loaded.model, base_model):
             if one is not None:
@@ -190,6 +200,7 @@ def evaluate_job(
         before=before,
         harness=benchmarks,
         texts_sha256=texts_hash(chosen) if chosen is not None else None,
+        base_fingerprint=base_fingerprint,
     )
 
 

@@ -22,7 +22,8 @@ def free_memory(device: torch.device) -> int:
         processes that share the host.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for tensors to come
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -33,7 +33,7 @@ from .errors import ConfigError, ModelError, did_you_mean
 from .hardware import emulates_bfloat16
 from .offload import State, check_place, name_devices, waiting
 from .progress import log
-from .shapes import shape_config
+from .shapes import SHAPES, shape_config
 
 BUNDLED = "bundled"
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -118,8 +118,9 @@ def load_model(
         device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
         offload: Where the decoder blocks below the first edited one wait until they are run: ``cpu`` or ``disk``
             (needs accelerate).
-        edited: With ``offload``: of a model, the matrices that will be edited, in ascending order of layers;
-            :func:`edit_matrices` when omitted.
+        edited: Of a model, the matrices that will be edited, in ascending order of layers: asked before weights are
+            read, so that blocks which are not there are refused at once. With ``offload``, :func:`edit_matrices` when
+            omitted.
         shard: Leave the weights in main memory, mapped from their files: :func:`crispedit.sharding.shard_model` is
             to bring its part to every device.
         trust_remote_code: Whether code shipped with the model may run.
@@ -130,7 +131,8 @@ def load_model(
     Raises:
         ModelError: There is no such model, it is no causal LM with safetensors weights, some are
             missing, it is quantised, or it has no tokenizer.
-        ConfigError: No such device or dtype; or a device map, or blocks that wait, for one of several processes.
+        ConfigError: No such device or dtype; or a device map, or blocks that wait, for one of several processes; or
+            a device map that leaves an edited block elsewhere than on a device.
     """
     source, target = _checked_source(name, dtype), find_device(device)
     check_place(offload, target)
@@ -142,9 +144,10 @@ def load_model(
         stored = _stored_dtype(config)
         wanted = _computing_dtype(stored, dtype, target if device_map is None else None)
         places: Any = device_map
-        if offload is not None:
+        if edited is not None or offload is not None:
             skeleton = _skeleton(config, wanted, options)
             first = (edited or edit_matrices)(skeleton)[0].layer
+        if offload is not None:
             places = waiting(skeleton, decoder_blocks(skeleton)[0], first, offload, target)
             if wanted != stored:  # what waits on disk is written there anew
                 options["offload_folder"] = kept = tempfile.mkdtemp(prefix="crispedit-offload-")
@@ -155,6 +158,12 @@ def load_model(
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    for matrix in edited(model) if edited is not None else ():
+        if matrix.parameter.is_meta:
+            raise ConfigError(
+                f"the device map leaves block {matrix.layer}, which is to be edited, on the CPU or disk: edit other "
+                "--layers, let blocks below them wait (--offload), or divide the model (--shard)"
+            )
     if offload is not None:
         name_devices(model)
     if places is None and not shard:
@@ -188,7 +197,7 @@ def load_skeleton(
     shape = None if Path(source).exists() else shape_config(name)
     if tokenizer and (shape is not None or _lacks_tokenizer(Path(source))):
         raise ModelError(f"'{name}' has no tokenizer, in whose tokens edits are counted: leave EDITS out")
-    with _explained(name):
+    with _explained(name, (BUNDLED, *SHAPES)):
         config = _float_config(name, source, options) if shape is None else shape
         stored = _stored_dtype(config)
         model = _skeleton(config, _computing_dtype(stored, dtype, target), options)
@@ -215,15 +224,22 @@ def _checked_source(name: str, dtype: str) -> str:
     source = model_directory(name)
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"'{name}' is not a model directory: it has no config.json")
+    if not Path(source).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no name on the Hub
+        raise ModelError(f"there is no directory '{name}'; name one with a model in it, OWNER/NAME, or {BUNDLED}")
     return source
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Within, what transformers raises becomes one line about the model."""
+def _explained(name: str, known: Sequence[str] = (BUNDLED,)) -> Iterator[None]:
+    """Within, what transformers raises becomes one line about the model; ``known`` are names that may be meant."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and "couldn't connect to" in str(error) and not Path(name).exists():
+            raise ModelError(
+                f"cannot load the model '{name}': there is no such directory, and huggingface.co, which may have it, "
+                f"does not answer{did_you_mean(name, known)}"
+            ) from error
         raise ModelError(f"cannot load the model '{name}': {_first_line(error)}") from error
 
 
@@ -274,9 +290,12 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
+        if device.type == "mps":
+            raise ConfigError("device 'mps' has no float64, in which changes are added up: give --device cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device '{name}' cannot be used here: {_first_line(error)}") from error
+        why = f"cannot be used here: {_first_line(error)}" if name.startswith(("cuda", "cpu")) else "is not known"
+        raise ConfigError(f"device '{name}' {why}; it must be auto, cpu, cuda, or a GPU by number (cuda:1)") from error
     return device
 
 

@@ -82,6 +82,11 @@ class State(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+def in_one_place(model: Any) -> bool:
+    """Whether all of a model is on one device: nothing waits elsewhere, and it is not spread over several."""
+    return len({tensor.device for tensor in model.state_dict().values()}) == 1
+
+
 def _hooks(module: Any) -> Iterator[Any]:
     """What accelerate has hung on a module that brings weights from elsewhere."""
     hook = getattr(module, "_hf_hook", None)

@@ -5,11 +5,24 @@ from typing import Annotated, Any
 
 import typer
 
+from .errors import check_choice
+
+
+def _one_of(name: str, *known: str) -> Any:
+    """A callback that refuses other values, before anything is loaded."""
+
+    def check(value: str) -> str:
+        check_choice(name, value, known)
+        return value
+
+    return check
+
+
 Model = Annotated[str, typer.Argument(help="A Hugging Face name, a local directory, or 'bundled'.")]
 Edits = Annotated[str, typer.Argument(help="A .json, .jsonl or .csv file of edits, or bundled:demo|eval|train.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file as JSON.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same machine, same result.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices, e.g. auto (needs accelerate).")]
 Offload = Annotated[
@@ -22,13 +35,24 @@ Samples = Annotated[int | None, typer.Option(help="How many of the texts to use;
 Layers = Annotated[str | None, typer.Option(help="Decoder blocks to edit, e.g. 19-23 or 4,5,6.")]
 FisherType = Annotated[str, typer.Option(help="mc (labels sampled from the model) or empirical.")]
 FactorKind = Annotated[str, typer.Option(help="dense, sketch, or auto: by the memory that is free.")]
-Chat = Annotated[str, typer.Option(help="Prompts through the chat template: auto, on, off.")]
+Chat = Annotated[
+    str,
+    typer.Option(
+        help="Prompts through the chat template: auto, on, off.", callback=_one_of("chat", "auto", "on", "off")
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Take the first N edits.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the edits, at most.")]
 BatchSize = Annotated[int, typer.Option(help="Edits per step, at most.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the editor; repeatable.")]
 NoEos = Annotated[bool, typer.Option("--no-eos", help="Targets without end-of-sequence, as published.")]
-Conflicts = Annotated[str, typer.Option(help="Same prompt, other target: error, first, last, drop.")]
+Conflicts = Annotated[
+    str,
+    typer.Option(
+        help="Same prompt, other target: error, first, last, drop.",
+        callback=_one_of("conflicts", "error", "first", "last", "drop"),
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
 
 

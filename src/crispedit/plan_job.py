@@ -131,9 +131,9 @@ class PlanJob:
             raise ConfigError("without EDITS their lengths are assumed, and those of texts: leave out what is of texts")
         if self.curvature is not None and self.factors != "auto":
             raise ConfigError("--factors is of a curvature that is yet to be computed: leave it or --curvature out")
-        for name, count in (("limit", self.limit), ("samples", self.samples)):
-            if self.edits is None and count is not None and count < 1:
-                raise ConfigError(f"--{name} is {count}; it must be 1 or more")
+        for name, count, least in (("limit", self.limit, 1), ("samples", self.samples, 2)):  # one is held out
+            if self.edits is None and count is not None and count < least:
+                raise ConfigError(f"--{name} is {count}; it must be {least} or more")
 
     def _kind(
         self, work: Workload, matrices: Sequence[EditMatrix], manifest: Mapping[str, Any] | None, memory: int
@@ -207,6 +207,11 @@ def _method(config: Config) -> Method:
         raise ConfigError("energy 0 is plain fine-tuning, which has no curvature: plan counts energies above 0")
     if config.constraint not in ("auto", "staircase", "cross"):
         raise ConfigError(f"plan counts constraint auto, staircase and cross, and not '{config.constraint}'")
+    if config.frontier > 1:
+        raise ConfigError(
+            "plan counts an edit within one budget: leave frontier out; it takes that time for every budget, and that "
+            "of plain fine-tuning"
+        )
     return Method(
         constraint=config.constraint,
         update=config.update,

@@ -11,6 +11,7 @@ less is replayed: from the input of the first edited block (``block``), or nothi
 """
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -246,20 +247,28 @@ def _fits(
     what: str,
     progress: Progress = no_progress,
 ) -> bool:
-    """Records what ``found`` takes, and says whether its logits are those of the whole model."""
+    """Records what ``found`` takes, and says whether its logits are those of the whole model; to all processes alike.
+
+    Batches of some would differ from those of others, were each to decide by what it has seen itself.
+
+    Raises:
+        OutOfMemoryError: Of the device.
+    """
+    error = math.inf
     try:
         if found.start in ("matrix", "block"):
             found.record(matrices[0], progress)
-        found.error = _check(found, matrices, truth)
+        error = _check(found, matrices, truth)
     except torch.OutOfMemoryError:
         raise
-    except (_Unfit, NoRoomError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        log.info("%s does not fit this model: %s", what, " ".join(str(error).split())[:200])
-        return False
-    if found.error > tolerance(found.model.dtype, len(decoder_blocks(found.model)[1])):
+    except (_Unfit, NoRoomError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as refused:
+        log.info("%s does not fit this model: %s", what, " ".join(str(refused).split())[:200])
+    with ranks.sharing():
+        found.error = max(distributed.gather(error))
+    fits = found.error <= tolerance(found.model.dtype, len(decoder_blocks(found.model)[1]))
+    if not fits and math.isfinite(found.error):
         log.info("%s is off by %.1e of the logits; it is not used", what, found.error)
-        return False
-    return True
+    return fits
 
 
 @contextmanager

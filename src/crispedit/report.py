@@ -49,7 +49,7 @@ def report_data(
     """
     rows = measure_rows(found, progress=progress) if rows is None else rows
     by_name = {row["name"]: row for row in rows}
-    held, run, has_base = _held(found), _run(found), found.before is not None
+    held, run, has_base, budget = _held(found), _run(found), found.before is not None, found.budget()
     base = last_name(found.base) if found.base is not None else None
     return {
         "format": FORMAT,
@@ -70,7 +70,7 @@ def report_data(
             "sentence": sentence(held, by_name, has_base=has_base),
             "caveats": caveats(held, by_name, base=base, unjudged=_unjudged(found), run=run),
             "held": asdict(held),
-            "certificate": certificate(found.budget()),
+            "certificate": certificate(budget) if budget is not None else None,
         },
         "measures": list(rows),
         "edits": _edits(found),

@@ -123,23 +123,24 @@ def _between(difference: Difference, digits: int) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def certificate(budget: Mapping[str, Any] | None) -> str | None:
+def certificate(budget: Mapping[str, Any]) -> str:
     """What is left of a damage budget, as it is measured now.
 
     Args:
-        budget: What :meth:`crispedit.evaluate_job.Evaluated.budget` says; ``None`` without one.
+        budget: What :meth:`crispedit.evaluate_job.Evaluated.budget` says.
 
     Returns:
-        A sentence, or ``None``.
+        A sentence or two.
     """
-    if budget is None:
-        return None
     texts = f"{budget['texts']} {'held-out' if budget['same_texts'] else 'other'} texts"
     interval = f"{budget['low']:.4f} to {budget['high']:.4f}"
-    return (
+    said = (
         f"{'Met' if budget['met'] else 'Not met'}: drift of {budget['drift']:.4f} nats per token ({interval}) on "
         f"{texts}, of {budget['budget']:.4f} that were allowed; when it was edited, {budget['recorded']['drift']:.4f}."
     )
+    if not budget["same_base"]:
+        said += " The base is not what was edited: its weights are others, and this drift is not that of the edit."
+    return said
 
 
 def caveats(

@@ -86,13 +86,18 @@ class Session:
             chat: Whether prompts go through the chat template.
 
         Raises:
-            ConfigError: The editor needs a curvature, and there is none.
+            ConfigError: The editor needs a curvature, or other edits to learn from, and there are none.
             ArtifactError: There is something already, or it cannot be written.
         """
         settings = dict(settings or {})
         _, config = configured(editor, settings)
         preset = config.presets.get(editor.partition(":")[2], {})
         settings = {name: value for name, value in config.in_rounds.items() if name not in preset} | settings
+        if config.needs_train_edits():
+            raise ConfigError(
+                f"editor {editor} learns from other edits, and a session has none: let 'crispedit train-mend' do it "
+                "first, and give --set network=DIR"
+            )
         matrices = config.matrices(loaded.model, layers)
         if config.needs_curvature():
             if curvature is None:

@@ -72,7 +72,7 @@ def init(
     from .session import Session
     from .settings import parse_settings
 
-    check_writable(directory)
+    check_writable(directory, overwrite=None)
     settings = parse_settings(set_ or [])
     weight = parse_history_weight(history_weight) if history_weight is not None else HISTORY_WEIGHT
     _, config = configured(editor, settings)

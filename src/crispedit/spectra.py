@@ -22,6 +22,9 @@ from .rule_choice import coordinates_cost_little
 from .spectrum import Spectrum
 from .subspace import Subspace
 
+CANNOT = (torch.OutOfMemoryError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # it is documented
+"""What a GPU's solver may fail with where main memory's does not; cuSOLVER's own errors have no class of their own."""
+
 Constraint = Literal["staircase", "cross", "ekfac", "inputs"]
 CPU = torch.device("cpu")
 
@@ -173,14 +176,21 @@ class Spectra:
         return self._near(name, solve)
 
     def _near(self, name: str, solve: Callable[[Factors, torch.device], Spectrum]) -> Spectrum:
-        """A spectrum, found where the matrix is; in main memory where a GPU has no room for that."""
+        """A spectrum, found where the matrix is; in main memory where a GPU has no room for that, or no solver.
+
+        Those of CUDA are known to fail at widths of 23,000 and more (CUDALibrarySamples issue 246).
+
+        Raises:
+            RuntimeError: Another one.
+        """
         device, factors = self._device(name), self.factors[name]
         try:
             return solve(factors.to(device), device)
-        except torch.OutOfMemoryError:
-            if device.type == "cpu":
+        except RuntimeError as error:  # out of memory is one too
+            if device.type == "cpu" or not (isinstance(error, CANNOT) or "cusolver" in str(error).lower()):
                 raise
-            log.info("no room on %s to diagonalise the curvature of %s: it is done in main memory", device, name)
+            why = "no room" if isinstance(error, torch.OutOfMemoryError) else "no way"
+            log.info("%s on %s to diagonalise the curvature of %s: it is done in main memory", why, device, name)
         return solve(factors.to(CPU), CPU).to(device)
 
     def _device(self, name: str) -> torch.device:

@@ -444,24 +444,26 @@ class Planner:
     def _save(self) -> Stage:
         """The model in its stored dtype, written; read back into the CPU's memory, and both asked a few questions.
 
-        One process does. A sharded model is put together in its main memory, and is not asked.
+        One process does. A sharded model is put together in its main memory; of it, and of one whose blocks wait
+        elsewhere, files are compared with the weights tensor by tensor, and no second model is asked.
         """
         work = self.work
         num_bytes = self.held + self.resident + self.spectra + self._changes(2)
         if self.settings.save == "delta":
             written = work.stored_dtype.itemsize * self.entries
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
-        if self.processes.shard:
-            whole = self.weights if work.on_cpu else 0
-            moved = self.moved.forward(1)
-            return self._stage("save", num_bytes + self._after(0) + whole, 0, self.stored / WRITE_RATE, moved=moved)
+        both_ways = self.stored / WRITE_RATE + self.stored / READ_RATE
+        if self.processes.shard or self.processes.offload:
+            held = self.processes.weight_bytes(work.model, self.matrices, self.settings.dtype)
+            # what waits on disk is read to be written
+            whole = 0 if not work.on_cpu else self.weights if self.processes.shard else self.weights - held
+            moved = self.moved.forward(1) if self.processes.shard else 0
+            return self._stage("save", num_bytes + self._after(0) + whole, 0, both_ways, moved=moved)
         # rounded to another dtype the weights are copied once to be written, and again to be asked
         converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
         second = max(converted, self.weights) if work.on_cpu else converted
-        if self.processes.offload and work.on_cpu:  # what waits on disk is read to be written
-            second += self.weights - self.processes.weight_bytes(work.model, self.matrices, self.settings.dtype)
         asked = spread([length for group in work.prompts for length in group], CHECKED)
-        seconds = self.stored / WRITE_RATE + self.stored / READ_RATE
+        seconds = both_ways
         if self.pace is not None:
             seconds += 2 * self.pace.answers([asked] if asked else [])
         flops = 2 * answer_flops(work.model, asked, MAX_NEW_TOKENS)

@@ -55,7 +55,7 @@ class Store:
         Raises:
             ArtifactError: There is something already, or it cannot be written.
         """
-        check_writable(directory)
+        check_writable(directory, overwrite=None)
         try:
             with building_beside(directory) as building:
                 cls._begin(building, about, fill)

@@ -42,6 +42,7 @@ class _Pivot:
         ascending = counts.flip(0).contiguous()
         self.heights = self.d_out - torch.searchsorted(ascending, columns, side="right")  # rows with counts > j
         r, c = torch.arange(self.d_out + 1, device=counts.device), torch.cat([counts, counts.new_zeros(1)])
+        self._counts, self._heights = counts.tolist(), self.heights.tolist()  # to be read without waiting for a GPU
         self.full = int((counts == d_in).sum())  # of these rows U_A U_Aᵀ is the identity
         widths = torch.cat([counts.new_zeros(self.full), _blocked(counts[self.full :])])
         heights = _blocked(self.heights)
@@ -56,20 +57,20 @@ class _Pivot:
     @property
     def basis_shape(self) -> tuple[int, int]:
         """How many leading eigenvectors of G and of A it takes."""
-        return int(self.heights[0]), int(self.counts[0])
+        return self._heights[0], self._counts[0]
 
     def project(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
         """X − U_G [ (U_Gᵀ X U_A) ⊙ (1 − M) ] U_Aᵀ."""
         r, c, counts = self.rows, self.columns, self.counts
         T = U_G[:, :r].T @ X
         for start, end in _blocks(self.full, r):
-            U = U_A[:, : int(counts[start])]
+            U = U_A[:, : self._counts[start]]
             inside = torch.arange(U.shape[1], device=X.device) < counts[start:end, None].to(X.device)
             T[start:end] = ((T[start:end] @ U) * inside) @ U.T
         left = torch.addmm(X, U_G[:, :r], T, alpha=-1)
         T = X @ U_A[:, :c]
         for start, end in _blocks(0, c):
-            U = U_G[:, r : int(self.heights[start])]
+            U = U_G[:, r : self._heights[start]]
             inside = torch.arange(start, end, device=X.device) < counts[r : r + U.shape[1], None].to(X.device)
             T[:, start:end] = U @ ((U.T @ T[:, start:end]) * inside)
         return left.addmm_(T, U_A[:, :c].T, alpha=-1)

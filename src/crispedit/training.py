@@ -387,6 +387,8 @@ class _Run:
             return reading.get()
         # elsewhere the backward pass is queued before the loss is known: nothing waits for it
         penalty = loop.trainee.penalty() / ranks.size()  # every process adds its part
+        if isinstance(penalty, Tensor):
+            penalty = penalty.to(loss.device)
         gradients = torch.autograd.grad(loss + penalty, loop.trainee.differentiated())
         value = reading.get()
         if not math.isfinite(value):

@@ -317,7 +317,7 @@ def main() -> None:
     if other_world:
         write_world(arguments.out)
     stored = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
-    counts = (20, 20) if arguments.smoke else (None, abilities.PROBE_ITEMS)
+    counts = (4, 4) if arguments.smoke else (None, abilities.PROBE_ITEMS)
     print(json.dumps(report(stored, tokenizer, *counts), indent=1))
 
 

@@ -106,9 +106,9 @@ def edit_rounds(
         bare = [edit.rows[0].until_subject for edit in edits]
         details: dict[str, Any] = {}
         for number, matrix in enumerate(matrices):
-            keys = _double(subject_keys(model, matrix, edits).T)
+            keys = subject_keys(model, matrix, edits).T.double()
             missing = values.wanted - at_last_tokens(model, layer, bare).to(values.wanted)
-            wanted = _double(missing.T) / ((len(matrices) - number) * scales[matrix.name])
+            wanted = missing.T.double() / ((len(matrices) - number) * scales[matrix.name])
             freedom = freedoms[matrix.name]
             change = closed_form(keys, wanted.to(keys.device), freedom, earlier.get(matrix.name))
             matrix.weight.add_(change.to(matrix.weight))
@@ -120,7 +120,7 @@ def edit_rounds(
             problem.progress("layers", number + 1, len(matrices))
         if memory and chosen.stop < len(problem.edits):
             for matrix in matrices:
-                keys = _double(subject_keys(model, matrix, edits).T)
+                keys = subject_keys(model, matrix, edits).T.double()
                 earlier[matrix.name] = _compressed(torch.cat([earlier.get(matrix.name, keys[:, :0]), keys], 1))
         left = values.wanted - at_last_tokens(model, layer, bare).to(values.wanted)
         yield Round(
@@ -181,11 +181,6 @@ def _compressed(keys: Tensor) -> Tensor:
     """As many keys as there are inputs, with the same K Kᵀ, where there are more."""
     d_in, count = keys.shape
     return keys if count <= d_in else torch.linalg.qr(keys.T, mode="r").R.T
-
-
-def _double(values: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

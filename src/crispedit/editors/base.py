@@ -32,7 +32,7 @@ class EditorConfig(BaseModel):
         eos: Whether targets end with an end-of-sequence (in a chat: end-of-turn) token.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     presets: ClassVar[Presets] = {}
     """Settings by name: of a publication, or of a variant that has a name of its own."""

@@ -34,6 +34,9 @@ from .base import EditProblem, Presets, Round
 
 Made = TypeVar("Made", bound=UpdateRule)
 
+REPLACED = ("energy", "constraint", "update", "rotation", "price", "lr", "first_lr")
+"""Settings that say nothing where there is a budget."""
+
 
 class SubspaceConfig(RuledConfig):
     """Settings of the loop, and of the subspace.
@@ -94,13 +97,10 @@ class Config(SubspaceConfig):
     def _check_budget(self) -> Self:
         if self.budget is not None:
             Budget.parse(self.budget)
-            fields = type(self).model_fields
-            replaced = ("energy", "constraint", "rotation", "lr")
-            others = any(getattr(self, name) != fields[name].default for name in replaced)
-            if others or self.update not in ("auto", "priced"):
-                raise ConfigError(
-                    "budget takes the place of energy, constraint, update, rotation and lr: give one or the other"
-                )
+            # what rounds are edited with is no choice of the user's
+            given = {name for name in self.model_fields_set if getattr(self, name) != self.in_rounds.get(name)}
+            if others := [name for name in REPLACED if name in given]:
+                raise ConfigError(f"budget takes the place of {', '.join(others)}: give one or the other")
         elif self.frontier > 1:
             raise ConfigError("a frontier is of budgets: give --budget, the largest of them")
         return self

@@ -105,16 +105,13 @@ def ridge_regression(inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
     Returns:
         D, (d_out, d_in) float32.
     """
-    device = inputs.device
-    if device.type == "mps":  # has no float64
-        inputs, outputs = inputs.cpu(), outputs.cpu()
     H, U = inputs.double(), outputs.double()
     wide = H.shape[0] <= H.shape[1]
     system = H @ H.T if wide else H.T @ H
     system.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(system)
     solved = H.T @ torch.cholesky_solve(U, factor) if wide else torch.cholesky_solve(H.T @ U, factor)
-    return solved.T.float().contiguous().to(device)
+    return solved.T.float().contiguous()
 
 
 def direction(factors: TokenFactors, moments: RunningMoments, ridge: float) -> Tensor:
@@ -128,7 +125,7 @@ def direction(factors: TokenFactors, moments: RunningMoments, ridge: float) -> T
     Returns:
         (d_out, d_in) float32.
     """
-    normalised = moments.normalised(factors.joined)
+    normalised = moments.normalised(factors.joined).to(factors.joined.device)  # matrices of a shape may lie apart
     d_in = factors.inputs.shape[1]
     weights = normalised[:, :d_in].square().sum(1, keepdim=True)
     if not weights.any():  # all inputs so far are the same
