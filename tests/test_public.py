@@ -25,7 +25,8 @@ LAYERS = (
     "methods typical session plot frontier inputs edit_job mend_job evaluate_job plan_job session_evaluation demo "
     "session_plot tradeoff scatter experiments comparing paired report_definitions report_verdict report_curvature "
     "report report_markdown report_html console console_evaluation console_edit console_plan console_session "
-    "console_second_order options evaluate_cli lenet_cli patch_cli session_cli cli"
+    "console_second_order options curvature_cli plan_cli edit_cli compare_cli mend_cli evaluate_cli lenet_cli "
+    "patch_cli session_cli cli"
 ).split()
 """Every module imports only from those before it (console and command line show what the others do)."""
 

@@ -67,14 +67,11 @@ def print_proof(result: "EditResult") -> None:
         answers.add_row(*(Text(text) for text in (example.prompt, example.target, example.before, example.after)))
     out.print(answers)
 
-    print_table(
-        "Changed matrices",
-        ["", "‖ΔW‖", "‖ΔW‖/‖W‖", "share outside the subspace"],
-        [
-            [c.name, f"{c.norm:.3f}", f"{c.relative:.4f}", "–" if c.outside is None else f"{c.outside:.1e}"]
-            for c in result.changes
-        ],
-    )
+    # where every direction has its price there is no subspace to be outside of
+    outside = {c.name: f"{c.outside:.1e}" for c in result.changes if c.outside is not None}
+    columns = ["", "‖ΔW‖", "‖ΔW‖/‖W‖", *(["share outside the subspace"] if outside else [])]
+    cells = [[c.name, f"{c.norm:.3f}", f"{c.relative:.4f}", outside.get(c.name, "–")] for c in result.changes]
+    print_table("Changed matrices", columns, [row[: len(columns)] for row in cells])
     if "frontier" in metrics:
         print_frontier(metrics["frontier"])
     if "budget" in metrics:
@@ -148,7 +145,7 @@ def print_certificate(found: dict[str, Any]) -> None:
         )
     if found["ratio"] is not None:
         out.print(
-            f"the curvature predicted {number(found['predicted'])}, which is {found['ratio']:.1f} times too little",
+            f"the curvature predicted {found['predicted']:.2g}, which is {found['ratio']:.1f} times too little",
             soft_wrap=True,
         )
     if not found["met"]:

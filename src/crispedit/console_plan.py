@@ -66,7 +66,7 @@ def _print_methods(plan: "Plan") -> None:
 def _fit_line(fit: "Fit") -> str:
     """Whether a memory is enough, in a line."""
     if fit.fits:
-        return f"It fits into {size(fit.memory)}."
+        return f"It fits into {size(fit.memory)}: {size(fit.num_bytes)} at the peak."
     changes = ", ".join(fit.changes)
     if fit.possible:
         return f"It does not fit into {size(fit.memory)}. With {changes} it does: {size(fit.num_bytes)}."
