@@ -135,6 +135,11 @@ def test_a_session_is_drawn(work, capsys):
         (["export", "s", "--out", "s"], "the directory 's' is not empty"),
         (["export", "s", "--out", "t", "--lora-rank", "2"], "the base model itself needs no adapter"),
         (["export", "s", "--out", "t", "--lora-rank", "2", "--patch"], "give one of --merged, --patch"),
+        (["export", "s", "--out", "t", "--lora-rank", "0"], "--lora-rank is 0; it must be 1 or more"),
+        (
+            ["export", "s", "--out", "t", "--lora-energy", "1.5"],
+            "--lora-energy is 1.5; it must be above 0 and at most 1",
+        ),
         (["status", "s", "--json", "s"], "--json 's' is a directory"),
         (["log", "1.json"], "'1.json' is no session"),
     ],

@@ -281,6 +281,10 @@ def export(
     lora = lora_rank is not None or lora_energy is not None
     if merged + patch + (lora_rank is not None) + (lora_energy is not None) > 1:
         raise ConfigError("give one of --merged, --patch, --lora-rank R, --lora-energy E")
+    if lora_rank is not None and lora_rank < 1:
+        raise ConfigError(f"--lora-rank is {lora_rank}; it must be 1 or more")
+    if lora_energy is not None and not 0 < lora_energy <= 1:
+        raise ConfigError(f"--lora-energy is {lora_energy:g}; it must be above 0 and at most 1")
     check_writable_file(out, "--out", overwrite=overwrite) if patch else check_writable(out, overwrite=overwrite)
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     record: dict[str, Any] = {"out": str(out)}
