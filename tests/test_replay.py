@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from crispedit import ranks, replay, room
+from crispedit import ranks, recording, replay, room
 from crispedit.errors import CrispEditError
 from crispedit.forward import collate, whole_logits
 from crispedit.models import edit_matrices, frozen
@@ -184,7 +184,7 @@ def test_without_room_on_disk_less_is_recorded(monkeypatch, caplog):
 
 def test_many_batches_are_recorded_in_order(monkeypatch):
     told = []
-    monkeypatch.setattr(replay, "RECORD_TOKENS", 20)
+    monkeypatch.setattr(recording, "RECORD_TOKENS", 20)
     model, rows = tiny_llama(), some_rows()
     found = row_logits(model, edit_matrices(model, (1,)), rows, progress=lambda *step: told.append(step))
     with torch.no_grad():
@@ -309,13 +309,14 @@ def test_what_does_not_fit_one_process_is_used_by_none(theirs, monkeypatch):
     matrices, rows = edit_matrices(model, (1,)), some_rows()
     assert row_logits(model, matrices, rows).packed
     monkeypatch.setattr(replay.distributed, "gather", lambda error: [error, theirs])
-    found = row_logits(model, matrices, rows)
+    assert row_logits(model, matrices, rows).packed  # of rows that others need not have
+    found = row_logits(model, matrices, rows, together=True)
     assert (found.start, found.packed) == ("whole", False)
 
 
 def test_what_is_wrong_with_the_caller_is_not_swallowed():
     """Only what says that a model is made otherwise leads to less replay."""
-    assert issubclass(replay._Unfit, CrispEditError)
+    assert issubclass(recording.Unfit, CrispEditError)
     model = tiny_llama()
     with pytest.raises(ZeroDivisionError):
         row_logits(model, edit_matrices(model, (1,)), some_rows(), progress=lambda *_: 1 / 0)

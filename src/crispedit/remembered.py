@@ -16,7 +16,8 @@ from .forward import RowBatch, scattered
 from .models import decoder_blocks
 from .pieces import HiddenStates
 from .progress import Progress, log, no_progress
-from .replay import RowLogits, passed_by, tolerance
+from .recording import passed_by
+from .replay import RowLogits, tolerance
 from .room import room
 
 

@@ -44,7 +44,8 @@ from .moments import sketch_rank
 from .moved import Moved
 from .pace import Pace
 from .pieces import tokens_at_once
-from .replay import checked_rows, recorded_together
+from .recording import recorded_together
+from .replay import checked_rows
 from .room import MEMORY_SHARE
 from .rows import EditRow
 from .speed import Speed

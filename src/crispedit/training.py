@@ -488,7 +488,7 @@ def train(
         NumericsError: A loss is not finite.
     """
     mixed = mixed_precision(precision, model.dtype, model.device)
-    logits = row_logits(model, matrices, rows, start=start, progress=progress)
+    logits = row_logits(model, matrices, rows, start=start, together=True, progress=progress)
     loop = _Loop(
         logits=logits,
         mixed=mixed,

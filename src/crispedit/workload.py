@@ -14,7 +14,8 @@ from .edits import spread
 from .forward import BatchSize, batch_size, pair_cost
 from .moments import Kind
 from .processes import ALONE, Processes
-from .replay import recorded_together, within_windows
+from .recording import recorded_together
+from .replay import within_windows
 from .rows import EditRow
 from .training import batches
 

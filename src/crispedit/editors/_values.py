@@ -25,7 +25,8 @@ from ..errors import NumericsError
 from ..forward import RowBatch, collate, target_logits
 from ..models import CACHE, decoder_blocks
 from ..progress import Progress, log
-from ..replay import calling, tolerance
+from ..recording import calling
+from ..replay import tolerance
 from ..rows import EditRow
 from ..texts import pad
 from ._activations import run_to_block
