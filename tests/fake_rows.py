@@ -36,7 +36,7 @@ def record(editor: str) -> dict:
 
 
 def row(task: dict, progress) -> dict:
-    """What :func:`crispedit.comparing.measure_row` is called with."""
+    """What :func:`crispedit.comparison_row.measure_row` is called with."""
     editor = task["job"]["editor"]
     with Path("runs.txt").open("a") as file:
         file.write(f"{editor}\n")

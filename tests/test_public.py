@@ -23,7 +23,7 @@ LAYERS = (
     "editors judge grading llm_judge wild teacher_forced live benchmarks untouched harness_tasks harness harness_job "
     "tasks checkpoint adapter proof certificate editing evaluation processes moved assumed workload pace stages "
     "planning methods typical session plot frontier inputs edit_job mend_job evaluate_job plan_job session_evaluation "
-    "demo session_plot tradeoff scatter experiments comparing paired report_definitions report_verdict "
+    "demo session_plot tradeoff scatter experiments comparison_row comparing paired report_definitions report_verdict "
     "report_curvature report report_markdown report_html console console_evaluation console_edit console_plan "
     "console_session console_second_order options curvature_cli plan_cli edit_cli compare_cli mend_cli evaluate_cli "
     "lenet_cli patch_cli session_cli cli"
