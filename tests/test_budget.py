@@ -85,13 +85,16 @@ def test_a_budget_above_the_whole_loss_is_refused_with_what_may_be_meant():
         ConfigError, match=r"of 5 nats per token is more than .* \(0\.82\); 5% of it would be --budget 5%"
     ):
         Budget.parse("5").nats(0.82)
+    with pytest.raises(ConfigError, match=r"whole loss on the texts \(0\.82\)$"):
+        Budget.parse("150").nats(0.82)
 
 
 def test_a_budget_and_a_threshold_do_not_go_together():
     assert configured("crispedit", {"budget": "1%"})[1].budget == "1%"
+    configured("crispedit", Config(budget=0.1).model_dump())  # as in a record
     configured("crispedit", {"budget": 0.1, **Config.in_rounds})  # as in a session
     with pytest.raises(ConfigError, match="budget takes the place of energy, price: give one or the other"):
-        configured("crispedit", {"budget": 0.1, "energy": 0.9, "price": 1})
+        configured("crispedit", {"budget": 0.1, "energy": 0.5, "price": 1})
     with pytest.raises(ConfigError, match="budget takes the place of"):
         configured("crispedit", {"budget": 0.1, "lr": 1e-3})
     with pytest.raises(ConfigError, match="budget is '1 cent'"):

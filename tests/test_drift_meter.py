@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from crispedit import drift_meter, ranks, remembered, room
+from crispedit import distributed, drift_meter, ranks, remembered, room
 from crispedit.capability import logits_of, logits_with, measure_drift
 from crispedit.drift_meter import DriftMeter
 from crispedit.models import edit_matrices
@@ -114,6 +114,25 @@ def test_every_process_measures_its_share_and_all_of_it_is_there(monkeypatch):
     for number, whole in parts[2].items():
         half = next(part[number] for part in parts[:2] if number in part)
         assert relative(half, whole) < 1e-5  # float32
+
+
+def test_a_process_that_has_no_texts_keeps_none_and_the_others_wait_for_nothing(monkeypatch):
+    """Of fewer batches than processes: what is replayed of a share is nobody else's business."""
+    model = tiny_llama(layers=4)
+    batches = some_batches(model)[:1]
+
+    def waits(*_, **__):
+        raise AssertionError("others have no such texts, and would not come")
+
+    for name in ("gather", "sum_tensors"):
+        monkeypatch.setattr(distributed, name, waits)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    kept = []
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        kept.append(DriftMeter(model, edit_matrices(model, [1, 2]), batches).num_bytes)
+    assert kept[0] > 0
+    assert kept[1] == 0
 
 
 # ---------------------------------------------------------------- what a model said

@@ -201,8 +201,8 @@ def test_a_warm_start_saves_products_and_misses_no_new_direction(monkeypatch):
 def test_what_lapack_cannot_count_is_refused(monkeypatch):
     monkeypatch.setattr(eigen, "WIDEST", 7)
     full_eigenpairs(torch.eye(7))
-    with pytest.raises(ConfigError, match=r"factor of W is 8 wide, and at most 7 can .*--factors sketch"):
-        full_eigenpairs(torch.eye(8), "W")
+    with pytest.raises(ConfigError, match=r"factor \(A\) is 8 wide, and at most 7 can .*--factors sketch"):
+        full_eigenpairs(torch.eye(8), "A")
 
 
 def test_a_number_that_is_not_finite_is_refused():

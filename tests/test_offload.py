@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from accelerate.utils import OffloadedWeightsLoader
 from safetensors.torch import load_file, save_file
 
 from crispedit import cli, editing
 from crispedit.budget import Budgeted
-from crispedit.checkpoint import check_files, load_edited
+from crispedit.checkpoint import check_files, load_edited, write_model
 from crispedit.editing import edit
 from crispedit.errors import ConfigError, EditFailed
 from crispedit.models import decoder_blocks, edit_matrices, fingerprint, load_model
@@ -126,6 +127,29 @@ def test_of_a_model_that_waits_there_is_no_second_one_to_read(name, checkpoint, 
             save_file({key: value for key, value in stored.items() if key != tensor}, file)
             with pytest.raises(EditFailed, match=f"the saved model has no ({tensor}|lm_head.weight)"):
                 check_files(loaded.model, tmp_path / "edited", torch.float32)
+
+
+def test_a_model_that_is_stored_under_other_names_than_it_has_is_compared_too(tmp_path):
+    """As transformers stores language models with eyes: it reads the files itself, then."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tiny_tokenizer()), "query_pre_attn_scalar": 8}
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=1)
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"), offload="disk", edited=from_block(2))
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    write_model(loaded.model, loaded.tokenizer, edited, torch.float32)
+    stored = load_file(edited / "model.safetensors")
+    assert set(stored) - set(State(loaded.model))
+    check_files(loaded.model, edited, torch.float32)
+    name = next(name for name in stored if name.endswith("layers.3.mlp.down_proj.weight"))
+    save_file({**stored, name: stored[name] + 1}, edited / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EditFailed, match=r"1 tensors of the saved model are not those .*layers\.3\.mlp\.down_proj"):
+        check_files(loaded.model, edited, torch.float32)
 
 
 def test_an_edited_block_that_a_device_map_leaves_elsewhere_is_refused(checkpoint):

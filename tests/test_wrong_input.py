@@ -104,7 +104,10 @@ CASES = {
     "unknown device": (EDIT + "--device gpu", "device 'gpu' is not known; it must be auto, cpu, cuda"),
     "device without float64": (EDIT + "--device mps", "device 'mps' has no float64"),
     "budget above the whole loss": (EDIT + "--budget 101%", "up to 100%, such as 1%"),
-    "budget beside the default energy": (EDIT + "--budget 1% --energy 0.9", "budget takes the place of energy:"),
+    "budget beside the default energy": (
+        EDIT + "--budget 1% --energy 0.9",
+        "--budget takes the place of --energy:",
+    ),
     "missing texts": (EDIT + "--texts nowhere.txt", "no file of texts 'nowhere.txt'"),
     "blank texts": (EDIT + "--texts blank.txt", "no text"),
     "a single text": (EDIT + "--texts one.txt", "at least 2"),

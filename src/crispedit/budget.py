@@ -119,9 +119,10 @@ class Budget:
         """
         if self.amount is not None:
             if self.amount > loss_base:
+                meant = f"; {self.amount:g}% of it would be --budget {self.amount:g}%" if self.amount <= 100 else ""
                 raise ConfigError(
                     f"a budget of {self.amount:g} nats per token is more than the base model's whole loss on the texts "
-                    f"({loss_base:.3g}); {self.amount:g}% of it would be --budget {self.amount:g}%"
+                    f"({loss_base:.3g}){meant}"
                 )
             return self.amount
         least = (self.share or 0.0) * loss_base

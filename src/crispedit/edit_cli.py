@@ -90,6 +90,9 @@ def edit(
     from .edit_job import EditJob
 
     check_json(json)
+    for option, value in (("energy", energy), ("lr", lr)):
+        if budget is not None and value is not None:
+            raise ConfigError(f"--budget takes the place of --{option}: give one or the other")
     named = {
         "energy": energy,
         "budget": budget,

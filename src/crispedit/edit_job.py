@@ -68,19 +68,16 @@ class EditJob:
         try:
             job, settings = record["job"], dict(record["settings"])
             settings.pop("layers")  # those that were edited; an editor's default may be no list for all its matrices
-            editor, seed, chat = (settings.pop(name) for name in ("editor", "seed", "chat"))
-            _, unset = configured(editor, {})
-            settings = {name: value for name, value in settings.items() if value != getattr(unset, name, ...)}
             return cls(
                 model=model or record["model"]["name"],
                 edits=edits or job["edits"],
-                editor=editor,
+                editor=settings.pop("editor"),
                 curvature=curvature or (Path(job["curvature"]) if job["curvature"] and not texts else None),
                 texts=texts or (Path(job["texts"]) if job["texts"] else None),
                 samples=job["samples"],
                 layers=job["layers"],
-                seed=seed,
-                chat=chat,
+                seed=settings.pop("seed"),
+                chat=settings.pop("chat"),
                 settings=settings,
                 limit=job["limit"],
                 conflicts=job["conflicts"],

@@ -33,9 +33,9 @@ NOVELTY = 1e-2
 MISSED, ROUNDS = 1e-3, 3
 """A refreshed basis may miss this share of the energy that it could hold; rounds that it is given to get there."""
 TILE = 1024
+"""Rows and columns of what is converted at a time."""
 WIDEST = 32_766
 """LAPACK counts the 2 n² numbers that its solver works with in 32 bits."""
-"""Rows and columns of what is converted at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ def full_eigenpairs(matrix: Tensor, name: str = "") -> Eigenpairs:
     """
     if matrix.device.type == "cpu" and len(matrix) > WIDEST:
         raise ConfigError(
-            f"the curvature factor of {name} is {len(matrix):,} wide, and at most {WIDEST:,} can be diagonalised whole "
-            "on a CPU: compute the curvature with --factors sketch"
+            f"a curvature factor{f' ({name})' if name else ''} is {len(matrix):,} wide, and at most {WIDEST:,} can be "
+            "diagonalised whole on a CPU: compute the curvature with --factors sketch"
         )
     double = _symmetric(matrix, name)
     values, vectors = torch.linalg.eigh(double)

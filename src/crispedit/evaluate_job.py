@@ -49,7 +49,8 @@ class Evaluated:
         endpoint: Where the model is, if it is behind a live server.
         harness: Tasks of lm-evaluation-harness, and how they came about.
         texts_sha256: Of the texts that drift was measured on.
-        base_fingerprint: Of the base's weights (:func:`crispedit.models.fingerprint`).
+        base_fingerprint: Of the base's weights (:func:`crispedit.models.fingerprint`), where they were read in the
+            recorded edit's dtype.
     """
 
     model: str
@@ -72,7 +73,7 @@ class Evaluated:
         Returns:
             What :func:`crispedit.certificate.measured` says, with ``recorded``, the certificate of the edit itself;
             ``same_texts``, whether both are of the same texts; and ``same_base``, whether drift is from the weights
-            that were edited.
+            that were edited, ``None`` where the dtype is another one.
         """
         record = self.record or {}
         recorded = (record.get("metrics") or {}).get("budget")
@@ -85,7 +86,7 @@ class Evaluated:
             **found,
             "recorded": kept,
             "same_texts": self.texts_sha256 == recorded["texts_sha256"],
-            "same_base": self.base_fingerprint == record["model"]["fingerprint"],
+            "same_base": self.base_fingerprint and self.base_fingerprint == record["model"]["fingerprint"],
         }
 
     def summary(self) -> dict[str, Any]:
@@ -183,6 +184,7 @@ def evaluate_job(
         after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
     else:
         after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
     benchmarks = None
     if harness is not None:
         work = partial(harness.run, there or [], loaded, base_model, chat=chat, progress=progress)
@@ -200,7 +202,7 @@ def evaluate_job(
         before=before,
         harness=benchmarks,
         texts_sha256=texts_hash(chosen) if chosen is not None else None,
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=base_fingerprint if dtype == ((record or {}).get("model") or {}).get("dtype") else None,
     )
 
 

@@ -1,5 +1,6 @@
 """``crispedit train-mend``, from names and paths to a directory."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def train_mend_job(
     chosen = parse_layers(layers) if layers is not None else None
     edit_set = read_edits(train_edits, limit=limit, conflicts=conflicts)
     divided = capability_texts(model, texts, None, seed)
-    loaded = load_model(model, **(options or {}))
+    loaded = load_model(model, **(options or {}), edited=partial(config.matrices, layers=chosen))
     matrices = config.matrices(loaded.model, chosen)
     prompter = Prompter.of(loaded.model, loaded.tokenizer, chat=chat, eos=config.eos)  # type: ignore[arg-type]
     about = {

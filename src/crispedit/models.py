@@ -113,7 +113,7 @@ def load_model(
 
     Args:
         name: ``bundled``, a local directory, or a Hugging Face name.
-        device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
+        device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda``, ``cuda:1``, …
         dtype: ``auto`` (the checkpoint's; float16 becomes float32 on a CPU), or a name in ``DTYPES``.
         device_map: Passed to transformers (needs accelerate); then ``device`` is not used.
         offload: Where the decoder blocks below the first edited one wait until they are run: ``cpu`` or ``disk``
@@ -234,6 +234,8 @@ def _explained(name: str, known: Sequence[str] = (BUNDLED,)) -> Iterator[None]:
     """Within, what transformers raises becomes one line about the model; ``known`` are names that may be meant."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OSError) and "couldn't connect to" in str(error) and not Path(name).exists():
             raise ModelError(
@@ -291,7 +293,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "mps":
-            raise ConfigError("device 'mps' has no float64, in which changes are added up: give --device cpu")
+            raise ConfigError("device 'mps' has no float64, which crispedit computes sums in: give --device cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = f"cannot be used here: {_first_line(error)}" if name.startswith(("cuda", "cpu")) else "is not known"

@@ -138,7 +138,7 @@ def certificate(budget: Mapping[str, Any]) -> str:
         f"{'Met' if budget['met'] else 'Not met'}: drift of {budget['drift']:.4f} nats per token ({interval}) on "
         f"{texts}, of {budget['budget']:.4f} that were allowed; when it was edited, {budget['recorded']['drift']:.4f}."
     )
-    if not budget["same_base"]:
+    if budget["same_base"] is False:
         said += " The base is not what was edited: its weights are others, and this drift is not that of the edit."
     return said
 

@@ -35,7 +35,7 @@ from .base import EditProblem, Presets, Round
 Made = TypeVar("Made", bound=UpdateRule)
 
 REPLACED = ("energy", "constraint", "update", "rotation", "price", "lr", "first_lr")
-"""Settings that say nothing where there is a budget."""
+"""Settings that a budget takes the place of."""
 
 
 class SubspaceConfig(RuledConfig):
@@ -97,9 +97,10 @@ class Config(SubspaceConfig):
     def _check_budget(self) -> Self:
         if self.budget is not None:
             Budget.parse(self.budget)
-            # what rounds are edited with is no choice of the user's
-            given = {name for name in self.model_fields_set if getattr(self, name) != self.in_rounds.get(name)}
-            if others := [name for name in REPLACED if name in given]:
+            # neither what is the default, nor what it is in rounds, was anybody's choice
+            defaults = {name: field.default for name, field in type(self).model_fields.items()}
+            others = [n for n in REPLACED if getattr(self, n) not in (defaults[n], self.in_rounds.get(n))]
+            if others:
                 raise ConfigError(f"budget takes the place of {', '.join(others)}: give one or the other")
         elif self.frontier > 1:
             raise ConfigError("a frontier is of budgets: give --budget, the largest of them")
