@@ -40,12 +40,12 @@ class _Pivot:
         self.counts, self.d_in, self.d_out = counts, d_in, len(counts)
         columns = torch.arange(d_in, device=counts.device)
         ascending = counts.flip(0).contiguous()
-        self.heights = self.d_out - torch.searchsorted(ascending, columns, side="right")  # rows with counts > j
+        high = self.d_out - torch.searchsorted(ascending, columns, side="right")  # rows with counts > j
         r, c = torch.arange(self.d_out + 1, device=counts.device), torch.cat([counts, counts.new_zeros(1)])
-        self._counts, self._heights = counts.tolist(), self.heights.tolist()  # to be read without waiting for a GPU
+        self._counts, self._heights = counts.tolist(), high.tolist()  # to be read without waiting for a GPU
         self.full = int((counts == d_in).sum())  # of these rows U_A U_Aᵀ is the identity
         widths = torch.cat([counts.new_zeros(self.full), _blocked(counts[self.full :])])
-        heights = _blocked(self.heights)
+        heights = _blocked(high)
         self._row_flops = 4 * d_in * (r * self.d_out + widths)
         self._column_flops = 4 * self.d_out * (c * d_in + heights[c] - r * c)
         flops = self._row_flops + self._column_flops
@@ -61,17 +61,17 @@ class _Pivot:
 
     def project(self, X: Tensor, U_G: Tensor, U_A: Tensor) -> Tensor:
         """X − U_G [ (U_Gᵀ X U_A) ⊙ (1 − M) ] U_Aᵀ."""
-        r, c, counts = self.rows, self.columns, self.counts
+        r, c, counts = self.rows, self.columns, self.counts.to(X.device)
         T = U_G[:, :r].T @ X
         for start, end in _blocks(self.full, r):
             U = U_A[:, : self._counts[start]]
-            inside = torch.arange(U.shape[1], device=X.device) < counts[start:end, None].to(X.device)
+            inside = torch.arange(U.shape[1], device=X.device) < counts[start:end, None]
             T[start:end] = ((T[start:end] @ U) * inside) @ U.T
         left = torch.addmm(X, U_G[:, :r], T, alpha=-1)
         T = X @ U_A[:, :c]
         for start, end in _blocks(0, c):
             U = U_G[:, r : self._heights[start]]
-            inside = torch.arange(start, end, device=X.device) < counts[r : r + U.shape[1], None].to(X.device)
+            inside = torch.arange(start, end, device=X.device) < counts[r : r + U.shape[1], None]
             T[:, start:end] = U @ ((U.T @ T[:, start:end]) * inside)
         return left.addmm_(T, U_A[:, :c].T, alpha=-1)
 
