@@ -101,7 +101,7 @@ CASES = {
     "chat without a template": (EDIT + "--chat on", "no chat template"),
     "unknown chat": (EDIT + "--chat maybe", "chat is 'maybe'"),
     "unknown dtype": (EDIT + "--dtype float8", "dtype is 'float8'"),
-    "unknown device": (EDIT + "--device gpu", "device 'gpu' is not known; it must be auto, cpu, cuda"),
+    "unknown device": (EDIT + "--device gpu", "device 'gpu' cannot be used here; it must be auto, cpu, cuda"),
     "device without float64": (EDIT + "--device mps", "device 'mps' has no float64"),
     "budget above the whole loss": (EDIT + "--budget 101%", "up to 100%, such as 1%"),
     "budget beside the default energy": (

@@ -296,8 +296,11 @@ def find_device(name: str) -> torch.device:
             raise ConfigError("device 'mps' has no float64, which crispedit computes sums in: give --device cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = f"cannot be used here: {_first_line(error)}" if name.startswith(("cuda", "cpu")) else "is not known"
-        raise ConfigError(f"device '{name}' {why}; it must be auto, cpu, cuda, or a GPU by number (cuda:1)") from error
+        # of a word that is no device torch names twenty kinds
+        why = (
+            f": {_first_line(error)}" if name.startswith(("cuda", "cpu")) else "; it must be auto, cpu, cuda or cuda:1"
+        )
+        raise ConfigError(f"device '{name}' cannot be used here{why}") from error
     return device
 
 
