@@ -163,9 +163,13 @@ def evaluate_job(
     loaded = load_edited(model, **options, shard=shard)
     check_same(loaded, edit_set, chosen, settings=[protocol, chat, stop_at_period, judge.name, base])
     base_model = load_edited(base, **options, shard=shard).model if base is not None else None
-    base_fingerprint = fingerprint(base_model) if base_model is not None else None
-    if base_fingerprint is not None:
+    base_fingerprint = None
+    if base_model is not None:
+        base_fingerprint = fingerprint(base_model)
         distributed.check_equal({"the base model's weights": base_fingerprint})
+        edited_in = ((record or {}).get("model") or {}).get("dtype")
+        if edited_in != str(base_model.dtype).removeprefix("torch."):
+            base_fingerprint = None  # other numbers: nothing to compare
     if shard:
         for one in (loaded.model, base_model):
             if one is not None:
@@ -184,7 +188,6 @@ def evaluate_job(
         after = measure(loaded.model, loaded.tokenizer, edit_set, **how)
     else:
         after, before = measure_both(loaded.model, loaded.tokenizer, edit_set, base=base_model, **how)
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
     benchmarks = None
     if harness is not None:
         work = partial(harness.run, there or [], loaded, base_model, chat=chat, progress=progress)
@@ -202,7 +205,7 @@ def evaluate_job(
         before=before,
         harness=benchmarks,
         texts_sha256=texts_hash(chosen) if chosen is not None else None,
-        base_fingerprint=base_fingerprint if dtype == ((record or {}).get("model") or {}).get("dtype") else None,
+        base_fingerprint=base_fingerprint,
     )
 
 

@@ -158,7 +158,7 @@ def load_model(
         if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
             raise ModelError(f"'{name}' is not a whole {type(model).__name__}: it has no weights for {missing[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    for matrix in edited(model) if edited is not None else ():
+    for matrix in edited(model) if edited is not None and device_map is not None else ():
         if matrix.parameter.is_meta:
             raise ConfigError(
                 f"the device map leaves block {matrix.layer}, which is to be edited, on the CPU or disk: edit other "

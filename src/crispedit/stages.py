@@ -455,11 +455,12 @@ class Planner:
             return self._stage("save", num_bytes + self._after(0), 0, written / WRITE_RATE)
         both_ways = self.stored / WRITE_RATE + self.stored / READ_RATE
         if self.processes.shard or self.processes.offload:
-            held = self.processes.weight_bytes(work.model, self.matrices, self.settings.dtype)
-            # what waits on disk is read to be written
-            whole = 0 if not work.on_cpu else self.weights if self.processes.shard else self.weights - held
-            moved = self.moved.forward(1) if self.processes.shard else 0
-            return self._stage("save", num_bytes + self._after(0) + whole, 0, both_ways, moved=moved)
+            read, moved = self.weights, self.moved.forward(1)
+            if self.processes.offload:  # what waits on disk is read to be written
+                read -= self.processes.weight_bytes(work.model, self.matrices, self.settings.dtype)
+                moved = 0
+            num_bytes += read if work.on_cpu else 0
+            return self._stage("save", num_bytes + self._after(0), 0, both_ways, moved=moved)
         # rounded to another dtype the weights are copied once to be written, and again to be asked
         converted = max(self.stored, self.weights) if work.stored_dtype != self.settings.dtype else 0
         second = max(converted, self.weights) if work.on_cpu else converted
