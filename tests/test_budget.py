@@ -10,7 +10,20 @@ import torch
 from builders import curvature_of
 from crispedit import budget as budget_module
 from crispedit import cli, evaluate_job, rule_choice
-from crispedit.budget import AIM, DAMPING, LEARN, RATIO, REACH, STEP, STEPS, UNSEEN, Budget, Budgeted, linear_drift
+from crispedit.budget import (
+    AIM,
+    DAMPING,
+    LEARN,
+    RATIO,
+    REACH,
+    STEP,
+    STEPS,
+    UNSEEN,
+    Budget,
+    Budgeted,
+    Need,
+    estimate_need,
+)
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
 from crispedit.curvature import Curvature
@@ -59,10 +72,11 @@ def test_a_budget_is_nats_or_a_share_of_the_base_models_loss(given, nats, said):
 @pytest.mark.parametrize(("needed", "nats"), [(0.0, 0.04), (0.03, 0.04), (0.1, 0.1), (0.3, 0.12), (math.inf, 0.12)])
 def test_auto_is_what_edits_need_between_two_and_six_hundredths(needed, nats):
     """Of a loss of 2; measured drift is ten times what is predicted, and 0.95 of a budget is aimed at."""
-    linear = needed / (RATIO * REACH) * AIM
-    assert Budget.parse("auto").nats(2.0, linear) == pytest.approx(nats)
-    assert Budget.parse("2%").nats(2.0, linear) == pytest.approx(0.04)
-    assert Budget.parse("0.01").nats(2.0, linear) == 0.01
+    need = Need(linear=needed / (RATIO * REACH) * AIM)
+    assert need.nats == pytest.approx(needed)
+    assert Budget.parse("auto").nats(2.0, need.nats) == pytest.approx(nats)
+    assert Budget.parse("2%").nats(2.0, need.nats) == pytest.approx(0.04)
+    assert Budget.parse("0.01").nats(2.0, need.nats) == 0.01
 
 
 def test_unseen_inputs_count_where_auto_spends_more_than_two_hundredths():
@@ -258,7 +272,7 @@ def some_rows(count: int) -> list[EditRow]:
     return [EditRow(tuple(row), len(row) - 1 - i % 3) for i, row in enumerate(ids)]
 
 
-def needed(rows: list[EditRow]) -> tuple[float, float]:
+def needed(rows: list[EditRow]) -> tuple[Need, Need]:
     """What is found, and the same by the definition: the whole loss, its gradient, every direction."""
     model = tiny_llama()
     matrices = edit_matrices(model, None)
@@ -274,12 +288,14 @@ def needed(rows: list[EditRow]) -> tuple[float, float]:
         left, right = rule.spectrum.output_basis.double(), rule.spectrum.input_basis.double()
         turned = left.T @ matrix.as_weight(gradient).double() @ right
         square += float((turned.square() / rule.metric.double()).sum())
-    return linear_drift(model, matrices, rules, rows), 0.5 * loss.item() ** 2 / square
+    expected = Need(linear=0.5 * loss.item() ** 2 / square, loss=sum(losses).item() / len(rows))
+    return estimate_need(model, matrices, rules, rows), expected
 
 
 def test_what_edits_need_if_their_loss_is_linear_by_the_definition():
     found, expected = needed(some_rows(11))
-    assert found == pytest.approx(expected, rel=1e-4)  # gradients in float32
+    assert found.linear == pytest.approx(expected.linear, rel=1e-4)  # gradients in float32
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)  # float32
 
 
 def test_of_many_edits_some_are_looked_at(monkeypatch):
@@ -287,7 +303,8 @@ def test_of_many_edits_some_are_looked_at(monkeypatch):
     rows = some_rows(12)
     found, _ = needed(rows)
     of_some, _ = needed([rows[0], rows[3], rows[6], rows[9]])
-    assert found == pytest.approx(3 * of_some, rel=1e-6)
+    assert found.linear == pytest.approx(3 * of_some.linear, rel=1e-6)
+    assert found.loss == pytest.approx(of_some.loss, rel=1e-6)
 
 
 def test_steps_grow_more_slowly_than_a_ball_that_is_larger_than_needed():
@@ -332,7 +349,7 @@ class Tiny:
         self.matrices = edit_matrices(tiny_llama(), None)
         self.rules = [PricedCoordinates(subspace("auto", m.shape, m.layer), 0.0, DAMPING) for m in self.matrices]
         self.times, self.measurements = times, 0
-        self.budgeted = Budgeted(self.matrices, self.rules, budget, self, steps=10, linear=linear)
+        self.budgeted = Budgeted(self.matrices, self.rules, budget, self, steps=10, need=Need(linear))
 
     def measure(self) -> tuple[float, float]:
         self.measurements += 1

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from crispedit.assumed import Method
-from crispedit.budget import DAMPING, linear_drift
+from crispedit.budget import DAMPING, estimate_need
 from crispedit.costs import block_costs, recording_flops
 from crispedit.drift_meter import DriftMeter
 from crispedit.errors import ConfigError
@@ -185,7 +185,7 @@ def test_what_edits_need_costs_what_torch_counts():
         G, A = (random_factor(torch.ones(size).double(), seed=size).float() for size in matrix.shape)
         rules.append(PricedCoordinates(Subspace.of(Spectrum.of(A, G), 0.5), 0.0, DAMPING))
     with FlopCounterMode(display=False) as counter:
-        linear_drift(model, matrices, rules, rows)
+        estimate_need(model, matrices, rules, rows)
     turned = sum(2 * d_out * d_in * (d_out + d_in) for d_out, d_in in (matrix.shape for matrix in matrices))
     settings = Settings(
         layers=(1, 2), dtype=torch.float32, batch_size=32, mapped=False, kind="dense", method=Method(budget=True)

@@ -261,7 +261,8 @@ def search(monkeypatch, speed, epochs=25, stop_loss=0.0):
     model, state = tiny_llama(), {}
 
     def loss_of(loop, chosen):
-        return state["loss"] * (1 + 0 * model.model.layers[0].mlp.down_proj.weight.sum())
+        loss = state["loss"] * (1 + 0 * model.model.layers[0].mlp.down_proj.weight.sum())
+        return loss, loss
 
     class Adam(torch.optim.Adam):
         def __init__(self, parameters, lr, fused):

@@ -43,7 +43,7 @@ from crispedit import (
     wild,
 )
 from crispedit import training as training_module
-from crispedit.budget import DAMPING, STEP, Budgeted
+from crispedit.budget import DAMPING, STEP, Budgeted, Need
 from crispedit.curvature import Curvature
 from crispedit.drift_meter import DriftMeter
 from crispedit.editors import editor_names
@@ -149,7 +149,9 @@ def within_budget(
     with frozen(model), float32_masters(matrices):
         before = [matrix.weight.clone() for matrix in matrices]
         meter = DriftMeter(model, matrices, row_batches(model, texts, batch_tokens=30))
-        trainee = Budgeted(matrices, rules, 0.02, meter, steps=30)
+        need = Need(linear=1.0, loss=15.0)  # far more than is allowed: rows weigh differently
+        trainee = Budgeted(matrices, rules, 0.02, meter, steps=30, need=need)
+        assert trainee.weigh is not None
         train(model, matrices, trainee, rows, lr=10 * STEP, epochs=10, batch_size=3)
         found = trainee.keep_within()
         changed = {m.name: m.weight - old for m, old in zip(matrices, before, strict=True)}

@@ -9,7 +9,8 @@ nats per token. Nothing is left out: every direction has its price. A step goes 
 what it costs (:mod:`crispedit.natural`), and what then lies outside the ball ½ Σ D Z² ≤ ρ is scaled back onto it, which
 is the projection in this metric. How large the ball may be is measured: the prediction takes tokens and matrices for
 independent and is too low by a factor of about ten, so drift is measured after every epoch, and ρ is ε over measured /
-predicted.
+predicted. Where the ball is far too small, the edit loss is one by which some edits come first
+(:mod:`crispedit.triage`).
 
 The problem is that of CrispEdit (arXiv 2602.15823, section 2), which leaves trust regions to future work; what else was
 tried is in docs/decisions.md.
@@ -19,6 +20,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,7 @@ from .ownership import sum_of_all
 from .priced import PricedRule
 from .rows import EditRow
 from .training import RuledMatrices, edit_loss
+from .triage import preference, weights
 
 AIM = 0.95
 """The share of the budget that is aimed at: what is measured goes up and down by a few percent from epoch to epoch."""
@@ -42,7 +45,7 @@ zero. Of n steps it is √(STEPS / n) times that: where batches do not agree, st
 smaller than needed there is a way to go along its surface, and steps stay as long (docs/decisions.md, "A thousand
 edits")."""
 REACH = 5.0
-"""What edits need at least, in terms of :func:`linear_drift`: measured on the bundled model, 1 to 1,000 edits. Within a
+"""What edits need at least, in terms of :attr:`Need.linear`: measured on the bundled model, 1 to 1,000 edits. Within a
 larger ball steps are as long as in one half way between that and the ball, on a logarithmic scale."""
 LOOKED_AT = 64
 """Rows from which that is estimated, at most."""
@@ -107,12 +110,12 @@ class Budget:
             )
         return cls(share=value / 100) if text.endswith("%") else cls(amount=value)
 
-    def nats(self, loss_base: float, linear: float = 0.0) -> float:
+    def nats(self, loss_base: float, needed: float = 0.0) -> float:
         """ε, nats per token.
 
         Args:
             loss_base: Of the base model on the texts.
-            linear: :func:`linear_drift` of the edits.
+            needed: :attr:`Need.nats` of the edits.
 
         Raises:
             ConfigError: It is more than that loss: it would bound nothing that is worth having.
@@ -126,7 +129,7 @@ class Budget:
                 )
             return self.amount
         least = (self.share or 0.0) * loss_base
-        return max(least, min(MOST * loss_base, REACH * linear * RATIO / AIM)) if self.auto else least
+        return max(least, min(MOST * loss_base, needed)) if self.auto else least
 
     def unseen(self, nats: float, loss_base: float) -> float:
         """The share of inputs that the texts do not have in what a change is taken to cost.
@@ -144,6 +147,30 @@ class Budget:
         if self.auto:
             return "auto"
         return f"{self.amount:g}" if self.amount is not None else f"{100 * (self.share or 0.0):g}%"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What edits are estimated to need, before any is made; without arguments, nothing is known of it.
+
+    Args:
+        linear: The drift that they would take if their loss went on to fall as it does at first, as the curvature
+            predicts it, nats per token.
+        loss: The mean over the edits of the loss of a whole target, nats.
+    """
+
+    linear: float = math.inf
+    loss: float = math.inf
+
+    @property
+    def predicted(self) -> float:
+        """Drift in which they can be made, as the curvature predicts it; nats per token."""
+        return REACH * self.linear
+
+    @property
+    def nats(self) -> float:
+        """The budget in which they can be made, before it is known how far off the prediction is; nats per token."""
+        return self.predicted * RATIO / AIM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +198,8 @@ class Budgeted(RuledMatrices):
         meter: Of drift.
         steps: At most.
         ratio: Measured over predicted drift, before it is known.
-        linear: :func:`linear_drift` of the edits where the texts alone count, which tells how long steps are where the
-            ball is larger than needed.
+        need: Of the edits, where the texts alone count. It tells how long steps are where the ball is larger than that,
+            and which edits come first where it is far smaller.
     """
 
     def __init__(
@@ -183,13 +210,16 @@ class Budgeted(RuledMatrices):
         meter: DriftMeter,
         steps: int,
         ratio: float = RATIO,
-        linear: float = math.inf,
+        need: Need = Need(),
     ) -> None:
         super().__init__(matrices, rules)
         self.priced = cast(Sequence[PricedRule], self.rules)
-        self.budget, self.meter, self.steps, self.linear = budget, meter, steps, linear
+        self.budget, self.meter, self.steps, self.need = budget, meter, steps, need
         self.first = self.ratio = ratio
         self.spent: list[Spent] = []
+        self.preference = preference(budget / need.nats if need.nats > 0 else 1.0, need.loss)
+        if self.preference > 0:
+            self.weigh = partial(weights, preference=self.preference)
 
     @property
     def allowed(self) -> float:
@@ -199,7 +229,7 @@ class Budgeted(RuledMatrices):
     def optimizer(self, lr: float) -> NaturalDescent:
         """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or less if that will do."""
         metrics = [rule.metric for rule in self.priced]
-        needed = REACH * self.linear
+        needed = self.need.predicted
         radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, needed)))
         share = min(1.0, self.allowed / needed) if needed > 0 else 1.0
         walk = min(1.0, STEPS / self.steps) ** (0.5 * share**2)
@@ -258,8 +288,9 @@ class Budgeted(RuledMatrices):
         """Takes back what is above the budget: all changes are scaled down until drift, measured, is within it.
 
         Returns:
-            For the record: ``course`` (the fields of :class:`Spent` by epoch), ``taken_back`` (the share of the
-            change), and ``drift``, ``predicted`` drift (on such texts) and their ``ratio`` at the end.
+            For the record: ``preference`` (q, :mod:`crispedit.triage`), ``course`` (the fields of :class:`Spent` by
+            epoch), ``taken_back`` (the share of the change), and ``drift``, ``predicted`` drift (on such texts) and
+            their ``ratio`` at the end.
         """
         drift, kept = self.meter.measure()[0], 1.0
         for _ in range(TRIES):
@@ -273,6 +304,7 @@ class Budgeted(RuledMatrices):
         predicted = self.predicted()
         return {
             "drift": drift,
+            "preference": self.preference,
             "course": [asdict(one) for one in self.spent],
             "taken_back": 1 - kept,
             "predicted": predicted,
@@ -280,9 +312,9 @@ class Budgeted(RuledMatrices):
         }
 
 
-def linear_drift(
+def estimate_need(
     model: Any, matrices: Sequence[EditMatrix], rules: Sequence[PricedRule], rows: Sequence[EditRow]
-) -> float:
+) -> Need:
     """The drift that edits would take if their loss L went on to fall as it does at first: ½ L² / Σ g² / D.
 
     Of all steps as long as s in the metric, the steepest one lowers the loss by s |g|, |g|² = Σ g² / D. Of many edits
@@ -296,7 +328,7 @@ def linear_drift(
         rows: The edits' rows.
 
     Returns:
-        Nats per token, as the curvature predicts them.
+        That, as the curvature predicts it, and the loss.
     """
     some = spread(rows, LOOKED_AT)
     tokens, total, gradients = sum(row.num_targets for row in some), 0.0, []
@@ -310,4 +342,7 @@ def linear_drift(
     for matrix, rule, parts in zip(matrices, rules, zip(*gradients, strict=True), strict=True):
         of_own += (rule.gradient(matrix.as_weight(sum(parts))).square() / rule.metric).sum().to(of_own.device)
     square = float(sum_of_all(of_own))
-    return len(rows) / len(some) * 0.5 * total**2 / square if square > 0 else math.inf
+    return Need(
+        linear=len(rows) / len(some) * 0.5 * total**2 / square if square > 0 else math.inf,
+        loss=total * tokens / len(some),
+    )

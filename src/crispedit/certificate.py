@@ -18,9 +18,9 @@ def certificate(spent: Mapping[str, Any], sums: TextSums, texts_sha256: str) -> 
     """Budget and drift, measured again of the model as it will be saved.
 
     Args:
-        spent: What the editor says of it: ``said``, ``budget`` in nats per token, the share of ``unseen`` inputs,
-            ``predicted`` drift and its ``ratio`` to the measured one, ``course``, ``taken_back``; see
-            :mod:`crispedit.budget`.
+        spent: What the editor says of it: ``said``, ``budget`` in nats per token, what the edits were estimated to
+            have ``needed``, the share of ``unseen`` inputs, ``predicted`` drift and its ``ratio`` to the measured one,
+            ``preference`` among edits, ``course``, ``taken_back``; see :mod:`crispedit.budget`.
         sums: Drift of the model text by text.
         texts_sha256: Of these texts.
 

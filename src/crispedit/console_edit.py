@@ -138,6 +138,12 @@ def print_certificate(found: dict[str, Any]) -> None:
         f"{share:.0f} % of it ({interval})",
         soft_wrap=True,
     )
+    if found["preference"] > 0:
+        out.print(
+            f"the edits were estimated to need {number(found['needed'])}: not all can be made within the budget, and "
+            "those came first that take the least",
+            soft_wrap=True,
+        )
     if found["unseen"] > 0:
         out.print(
             f"inputs that the texts do not have, in all directions alike, counted {found['unseen']:.2f} times theirs",

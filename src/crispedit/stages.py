@@ -375,7 +375,7 @@ class Planner:
         return checked_rows(lengths) * max(lengths) * 2 * 4 * vocabulary(self.work.model)
 
     def _looked_at(self) -> list[BatchSize]:
-        """The batches whose gradient says what the edits need (:func:`crispedit.budget.linear_drift`)."""
+        """The batches whose gradient says what the edits need (:func:`crispedit.budget.estimate_need`)."""
         rows = spread(self.work.rows, LOOKED_AT)
         return [batch_size(rows[first : first + 8], None) for first in range(0, len(rows), 8)]
 

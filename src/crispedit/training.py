@@ -11,7 +11,7 @@ alike.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -196,6 +196,13 @@ class Trainee(Protocol):
     def parameters(self) -> Sequence[Tensor]:
         """What Adam trains: float32."""
 
+    @property
+    def weigh(self) -> Callable[[Tensor], Tensor] | None:
+        """What every row of a batch counts in what is minimised, up to a factor, by the losses of whole targets.
+
+        If rows count alike, None. The reported loss is the mean, whatever rows count.
+        """
+
     def differentiated(self) -> Sequence[Tensor]:
         """In what the loss is differentiated: tensors of the model's graph."""
 
@@ -229,6 +236,9 @@ class RuledMatrices:
         rules: One per matrix; their parameters start at zero or go on from where they are. Those of matrices that
             other processes own (:mod:`crispedit.ownership`) are not used.
     """
+
+    weigh: Callable[[Tensor], Tensor] | None = None
+    """All rows count alike."""
 
     def __init__(self, matrices: Sequence[EditMatrix], rules: Sequence[UpdateRule]) -> None:
         self.matrices = matrices
@@ -310,25 +320,52 @@ class _Loop:
     def steps_per_epoch(self) -> int:
         return -(-len(self.logits.rows) // self.batch_size)
 
-    def loss(self, chosen: Sequence[int]) -> Tensor:
+    def loss(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the target tokens of some rows, or over rows; of several processes, this one's part.
 
         The parts add up to the mean over the whole batch, whatever tokens each has. A process whose part of a small
         batch would be no row has one that does not count: all take part in the sums.
+
+        Returns:
+            The loss; and what is to be minimised, the same unless the trainee weighs rows.
         """
         mine = distributed.share(chosen) or chosen[:1]
+        counted = float(ranks.rank() < len(chosen))
         with torch.autocast(self.logits.model.device.type, torch.bfloat16, enabled=self.mixed):
             logits, labels = self.logits(mine)
-        if self.reduction == "sample":
-            counts = torch.tensor([self.logits.rows[index].num_targets for index in mine], device=labels.device)
-            losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-            part = (losses / counts.repeat_interleave(counts)).sum() / len(chosen)
-        elif ranks.size() == 1:
-            return nn.functional.cross_entropy(logits.float(), labels)
-        else:
-            tokens = sum(self.logits.rows[index].num_targets for index in chosen)
-            part = nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens
-        return part if ranks.rank() < len(chosen) else 0 * part
+        counts = [self.logits.rows[index].num_targets for index in mine]
+        tokens = sum(self.logits.rows[index].num_targets for index in chosen)
+        if self.reduction == "token" and self.trainee.weigh is None:
+            if ranks.size() == 1:
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+            else:
+                loss = counted * nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens
+            return loss, loss
+        whole = loss_by_row(logits, labels, counts)
+        shares = torch.tensor(counts, device=whole.device) if self.reduction == "sample" else tokens / len(chosen)
+        parts = counted * whole / shares / len(chosen)
+        if self.trainee.weigh is None:
+            return parts.sum(), parts.sum()
+        weights = counted * self.trainee.weigh(whole.detach())
+        total = weights.sum()
+        distributed.sum_tensors([total])
+        return parts.sum().detach(), (parts * weights).sum() * (len(chosen) / total)
+
+
+def loss_by_row(logits: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
+    """Cross-entropy of the whole target of every row, nats.
+
+    Args:
+        logits: Of target tokens, row after row, (tokens, vocabulary).
+        labels: The tokens, (tokens,).
+        counts: Target tokens of every row.
+
+    Returns:
+        A sum for each row, (rows,).
+    """
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    places = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(losses.device)
+    return losses.new_zeros(len(counts)).index_add(0, places, losses)
 
 
 class _Run:
@@ -379,7 +416,7 @@ class _Run:
 
     def _shared_step(self, chosen: Sequence[int], where: str) -> float:
         loop = self.loop
-        loss = loop.loss(chosen)
+        loss, objective = loop.loss(chosen)
         whole = loss.detach().clone()
         distributed.sum_tensors([whole])
         reading = _Reading(whole)
@@ -389,7 +426,7 @@ class _Run:
         penalty = loop.trainee.penalty() / ranks.size()  # every process adds its part
         if isinstance(penalty, Tensor):
             penalty = penalty.to(loss.device)
-        gradients = torch.autograd.grad(loss + penalty, loop.trainee.differentiated())
+        gradients = torch.autograd.grad(objective + penalty, loop.trainee.differentiated())
         value = reading.get()
         if not math.isfinite(value):
             raise NumericsError(f"the edit loss is {value} in {where}; lower --lr ({self.rate:g})")

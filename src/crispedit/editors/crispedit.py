@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from .. import distributed
-from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted, linear_drift
+from ..budget import DAMPING, RATIO, STEP, Budget, Budgeted, Need, estimate_need
 from ..curvature import Curvature
 from ..drift_meter import DriftMeter
 from ..errors import ConfigError
@@ -199,9 +199,12 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
     budget = Budget.parse(config.budget)
     meter = DriftMeter(problem.model, problem.matrices, problem.held_out, problem.progress)
     with rotated(problem.matrices, [rule.frame for rule in rules]):
-        linear = linear_drift(problem.model, problem.matrices, rules, problem.rows)
+        estimated = estimate_need(problem.model, problem.matrices, rules, problem.rows)
     loss_base = meter.measure()[1]
-    most = distributed.from_main(lambda: budget.nats(loss_base, linear))  # the same bits decide everywhere
+    most, *known = distributed.from_main(  # the same bits decide everywhere
+        lambda: [budget.nats(loss_base, estimated.nats), estimated.linear, estimated.loss]
+    )
+    need = Need(*known)
     ratio, largest = RATIO, [rule.parameter for rule in rules]
     for halvings in range(config.frontier):
         nats = most / 2**halvings
@@ -209,14 +212,15 @@ def _within_budgets(problem: EditProblem, config: Config) -> Iterator[Round]:
         for rule in rules:
             rule.count_unseen(unseen)
         with rotated(problem.matrices, [rule.frame for rule in rules]):
-            trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio, linear)
+            trainee = Budgeted(problem.matrices, rules, nats, meter, steps, ratio, need)
             trace = train_in(problem, config, trainee, every, lr=STEP)
             found = trainee.keep_within()
         ratio = trainee.ratio
         if halvings == 0:
             largest = [parameter.clone() for parameter in trainee.parameters]
-            certified = {"said": str(budget), "budget": nats, "unseen": unseen, **found}
-        details = {"budget": nats, "unseen": unseen, "drift": found["drift"]}
+            needed = need.nats if need.nats < math.inf else None
+            certified = {"said": str(budget), "budget": nats, "needed": needed, "unseen": unseen, **found}
+        details = {"budget": nats, "unseen": unseen, "preference": found["preference"], "drift": found["drift"]}
         yield Round(num_edits=len(every), trace=trace, details=details, budget=certified)
     if config.frontier > 1:  # what is kept is the edit within the whole budget
         with rotated(problem.matrices, [rule.frame for rule in rules]):

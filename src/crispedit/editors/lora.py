@@ -208,6 +208,9 @@ class Adapter:
         seed: Of the adapter's first values.
     """
 
+    weigh = None
+    """All rows count alike."""
+
     def __init__(self, problem: EditProblem, config: Config, *, steps: int, seed: int) -> None:
         peft = _import_peft()
         self.config, self.matrices, self.steps = config, problem.matrices, 0
