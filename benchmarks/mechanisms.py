@@ -1,7 +1,7 @@
 """Ways to keep to a damage budget that lost against the trust region of crispedit.budget; see docs/decisions.md.
 
 All have the budget's damped coordinates, measurements and taking back; they differ in what makes a step and in what
-follows the measured drift. ``benchmarks/budget.py --mechanisms`` runs them.
+follows the measured drift, or in what is minimised. ``benchmarks/budget.py --mechanisms`` runs them.
 """
 
 import math
@@ -22,7 +22,9 @@ TIGHTEN, RELAX = 4.0, 0.25
 
 
 class _Adam(Budgeted):
-    """Adam on the coordinates in place of steps in the metric."""
+    """Adam on the coordinates in place of steps in the metric; of the mean loss."""
+
+    weigh = None
 
     def optimizer(self, lr: float) -> Any:
         width = max(matrix.shape[1] for matrix in self.matrices)
@@ -129,7 +131,13 @@ class Filtered(Priced):
         self._ask(prices[0])
 
 
-KINDS = {"adam in the ball": AdamInBall, "priced": Priced, "mask": Masked, "filter": Filtered}
+class MeanLoss(Budgeted):
+    """The trust region, with the mean loss even where not all edits can be made."""
+
+    weigh = None
+
+
+KINDS = {"mean loss": MeanLoss, "adam in the ball": AdamInBall, "priced": Priced, "mask": Masked, "filter": Filtered}
 TRUST_REGION = "trust region"
 """The mechanism of the package itself."""
 

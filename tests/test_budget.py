@@ -26,6 +26,7 @@ from crispedit.budget import (
 )
 from crispedit.capability import logits_of, measure_drift
 from crispedit.certificate import measured, texts_hash
+from crispedit.console_edit import print_certificate
 from crispedit.curvature import Curvature
 from crispedit.editing import edit
 from crispedit.editors import configured
@@ -40,6 +41,7 @@ from crispedit.rows import EditRow
 from crispedit.spectrum import Spectrum
 from crispedit.subspace import Subspace
 from crispedit.texts import text_batches
+from crispedit.triage import ENOUGH, preference, weights
 from reference import random_factor, random_rows, relative, tiny_llama
 
 D_OUT, D_IN = 10, 14
@@ -546,6 +548,29 @@ def test_budgets_of_a_frontier_count_unseen_inputs_by_their_own_size(given, monk
     monkeypatch.setattr(budget_module, "REACH", 1e9)
     rounds = edited(given, "auto", epochs=1, frontier=3).metrics["rounds"]
     assert [each["unseen"] for each in rounds] == pytest.approx([2 * UNSEEN, UNSEEN / 2, 0])
+
+
+def test_where_not_all_edits_can_be_made_it_is_recorded_and_said(given, capsys):
+    tight, loose = (edited(given, budget, epochs=2).metrics for budget in (0.00002, 0.02))
+    assert tight["budget"]["preference"] == tight["rounds"][0]["preference"] > 0
+    assert loose["budget"]["preference"] == loose["rounds"][0]["preference"] == 0
+    assert tight["budget"]["needed"] == loose["budget"]["needed"] > 0.00002 / ENOUGH
+    for metrics, said in ((tight, True), (loose, False)):
+        print_certificate(metrics["budget"])
+        assert ("those come first that take the least" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(RATIO, 0.1), (2 * RATIO, 0.1), (RATIO / 2, 0.2)])
+def test_a_prediction_that_is_better_than_thought_leaves_room_for_more(ratio, share):
+    with torch.no_grad():
+        tiny = Tiny(budget=1.0, linear=10 * AIM / RATIO / REACH)
+        tiny.budgeted.need = Need(tiny.budgeted.need.linear, loss=8.0)
+        tiny.budgeted.ratio = ratio
+        assert tiny.budgeted.preference == pytest.approx(preference(share, 8.0))
+        weigh, losses = tiny.budgeted.weigh, torch.tensor([2.0, 9.0])
+        assert torch.equal(weigh(losses), weights(losses, tiny.budgeted.preference, 8.0))
+        tiny.budgeted.budget = 5.0
+        assert tiny.budgeted.weigh is None
 
 
 def test_a_budget_needs_texts(given):

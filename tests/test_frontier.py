@@ -20,6 +20,7 @@ def point(drift, reliability, generalization, budget=None):
     return {
         "budget": budget if budget is not None else drift,
         "drift": drift,
+        "preference": 0.0,
         "reliability": reliability,
         "generalization": generalization,
         "locality": 99.0,
@@ -145,3 +146,6 @@ def test_an_edit_that_says_less_than_one_within_a_smaller_budget_is_not_kept_wit
     print_frontier({"points": points, "fine_tuning": FINE_TUNING, "knee": 0.004})
     printed = " ".join(capsys.readouterr().out.split())
     assert ("within 0.008, says less than that within 0.004" in printed) == said
+    points[0]["preference"] = 0.3  # other edits came first there: it is no question of epochs
+    print_frontier({"points": points, "fine_tuning": FINE_TUNING, "knee": 0.004})
+    assert "says less" not in capsys.readouterr().out

@@ -18,7 +18,7 @@ tried is in docs/decisions.md.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -217,14 +217,27 @@ class Budgeted(RuledMatrices):
         self.budget, self.meter, self.steps, self.need = budget, meter, steps, need
         self.first = self.ratio = ratio
         self.spent: list[Spent] = []
-        self.preference = preference(budget / need.nats if need.nats > 0 else 1.0, need.loss)
-        if self.preference > 0:
-            self.weigh = partial(weights, preference=self.preference)
 
     @property
     def allowed(self) -> float:
         """ρ: the most drift that may be predicted, nats per token."""
         return AIM * self.budget / self.ratio
+
+    @property
+    def preference(self) -> float:
+        """q: above 0 where not all edits can be made (:mod:`crispedit.triage`).
+
+        Where the prediction turns out to be better than on the bundled model there is room for more. Where it is worse,
+        that is of what is spent on the few edits that are made, and says nothing about all.
+        """
+        allowed = AIM * self.budget / min(self.ratio, RATIO)
+        return preference(allowed / self.need.predicted if self.need.predicted > 0 else 1.0, self.need.loss)
+
+    @property
+    def weigh(self) -> Callable[[Tensor], Tensor] | None:
+        """Edits that are nearer weigh more where not all can be made."""
+        q = self.preference
+        return partial(weights, preference=q, loss=self.need.loss) if q > 0 else None
 
     def optimizer(self, lr: float) -> NaturalDescent:
         """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or less if that will do."""

@@ -121,7 +121,7 @@ def print_frontier(found: dict[str, Any]) -> None:
     out.print(f"beyond a budget of {found['knee']:.2g} more drift buys little (the knee)", soft_wrap=True)
     *smaller, kept = found["points"]
     better = max(smaller, key=success, default=kept)
-    if success(better) > success(kept):
+    if success(better) > success(kept) and better["preference"] == kept["preference"]:
         out.print(
             f"the edit that is kept, within {kept['budget']:.2g}, says less than that within {better['budget']:.2g}, "
             "which went on from it: it was trained too briefly; give it more --epochs",
@@ -140,8 +140,8 @@ def print_certificate(found: dict[str, Any]) -> None:
     )
     if found["preference"] > 0:
         out.print(
-            f"the edits were estimated to need {number(found['needed'])}: not all can be made within the budget, and "
-            "those came first that take the least",
+            f"the edits were estimated to need {number(found['needed'])}: where there is not room for all, those come "
+            "first that take the least",
             soft_wrap=True,
         )
     if found["unseen"] > 0:

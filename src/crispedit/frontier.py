@@ -18,7 +18,8 @@ SIZE = (7.0, 4.4)
 """Inches."""
 
 Point = Mapping[str, Any]
-"""``drift`` in nats per token, and :data:`SHOWN`; of a budget also that, ``budget``."""
+"""``drift`` in nats per token, and :data:`SHOWN`; of a budget also that, ``budget``,
+and ``preference`` (:mod:`crispedit.triage`)."""
 
 
 def frontier(rounds: Sequence[Mapping[str, Any]], fine_tuning: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def frontier(rounds: Sequence[Mapping[str, Any]], fine_tuning: Mapping[str, Any]
         ``points``, the smallest budget first; ``fine_tuning``, another; and ``knee``, the budget at the knee.
     """
     ascending = sorted(rounds, key=lambda of_round: float(of_round["budget"]))
-    points = [{name: of_round[name] for name in ("budget", "drift", *SHOWN)} for of_round in ascending]
+    points = [{name: of_round[name] for name in ("budget", "drift", "preference", *SHOWN)} for of_round in ascending]
     reference = {"drift": fine_tuning["capability"]["drift"], **{name: fine_tuning["after"][name] for name in SHOWN}}
     return {"points": points, "fine_tuning": reference, "knee": points[knee(points, reference)]["budget"]}
 

@@ -198,7 +198,7 @@ class Trainee(Protocol):
 
     @property
     def weigh(self) -> Callable[[Tensor], Tensor] | None:
-        """What every row of a batch counts in what is minimised, up to a factor, by the losses of whole targets.
+        """Gives what rows weigh in what is minimised, from the losses of their whole targets.
 
         If rows count alike, None. The reported loss is the mean, whatever rows count.
         """
@@ -237,9 +237,6 @@ class RuledMatrices:
             other processes own (:mod:`crispedit.ownership`) are not used.
     """
 
-    weigh: Callable[[Tensor], Tensor] | None = None
-    """All rows count alike."""
-
     def __init__(self, matrices: Sequence[EditMatrix], rules: Sequence[UpdateRule]) -> None:
         self.matrices = matrices
         self.rules: Sequence[UpdateRule] = [
@@ -251,6 +248,11 @@ class RuledMatrices:
         # the matrices that are trained here without what the rules stand for
         self._own = [(m, rule) for m, rule in zip(matrices, self.rules, strict=True) if not isinstance(rule, Elsewhere)]
         self._originals = [matrix.weight - rule.delta() for matrix, rule in self._own]
+
+    @property
+    def weigh(self) -> Callable[[Tensor], Tensor] | None:
+        """All rows count alike."""
+        return None
 
     def differentiated(self) -> Sequence[Tensor]:
         """The matrices, as their modules have them."""
@@ -342,14 +344,13 @@ class _Loop:
                 loss = counted * nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens
             return loss, loss
         whole = loss_by_row(logits, labels, counts)
-        shares = torch.tensor(counts, device=whole.device) if self.reduction == "sample" else tokens / len(chosen)
-        parts = counted * whole / shares / len(chosen)
+        if self.reduction == "sample":
+            parts = counted * whole / torch.tensor(counts).to(whole.device, non_blocking=True) / len(chosen)
+        else:
+            parts = counted * whole / tokens
         if self.trainee.weigh is None:
             return parts.sum(), parts.sum()
-        weights = counted * self.trainee.weigh(whole.detach())
-        total = weights.sum()
-        distributed.sum_tensors([total])
-        return parts.sum().detach(), (parts * weights).sum() * (len(chosen) / total)
+        return parts.sum().detach(), (parts * self.trainee.weigh(whole.detach())).sum()
 
 
 def loss_by_row(logits: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
@@ -364,8 +365,8 @@ def loss_by_row(logits: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor
         A sum for each row, (rows,).
     """
     losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    places = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(losses.device)
-    return losses.new_zeros(len(counts)).index_add(0, places, losses)
+    # a few sums and no indices: nothing is waited for on a GPU, and sums there are the same every time
+    return torch.stack([part.sum() for part in torch.split(losses, list(counts))])
 
 
 class _Run:

@@ -40,14 +40,15 @@ def preference(share: float, loss: float) -> float:
     return min(MOST, SLOPE * math.log(ENOUGH / share)) / loss
 
 
-def weights(losses: Tensor, preference: float) -> Tensor:
-    """What every edit of a batch weighs, up to a factor.
+def weights(losses: Tensor, preference: float, loss: float) -> Tensor:
+    """What edits weigh, exp(−q (L − L̄)): about 1 before any is made, so that steps do not change their length.
 
     Args:
-        losses: Of their whole targets, nats, (edits,).
-        preference: q.
+        losses: L, of their whole targets, nats, (edits,).
+        preference: q, per nat.
+        loss: L̄, the mean before any is made.
 
     Returns:
         Positive, of the same shape.
     """
-    return losses.detach().mul(-preference).clamp(min=-FURTHEST).exp()
+    return losses.detach().sub(loss).mul(-preference).clamp(min=-FURTHEST).exp()
