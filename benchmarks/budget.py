@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py --out out/budget.jsonl --json budget.json
     python benchmarks/budget.py --out out/budget.jsonl --sizes 200 1000 --seeds 0 1 2 3 4
+    python benchmarks/budget.py --out out/budget.jsonl --model benchmarks/gpt2 --edits benchmarks/gpt2/edits-train.json
     python benchmarks/budget.py --out out/budget.jsonl --model DIR --edits zsre.json --texts texts.jsonl --samples 250
     python benchmarks/budget.py --out out/budget.jsonl --mechanisms "trust region" priced mask filter "adam in the ball"
     python benchmarks/budget.py --table out/budget.jsonl
