@@ -24,7 +24,7 @@ TIGHTEN, RELAX = 4.0, 0.25
 class _Adam(Budgeted):
     """Adam on the coordinates in place of steps in the metric; of the mean loss."""
 
-    weigh = None
+    preference = 0.0
 
     def optimizer(self, lr: float) -> Any:
         width = max(matrix.shape[1] for matrix in self.matrices)
@@ -134,7 +134,7 @@ class Filtered(Priced):
 class MeanLoss(Budgeted):
     """The trust region, with the mean loss even where not all edits can be made."""
 
-    weigh = None
+    preference = 0.0
 
 
 KINDS = {"mean loss": MeanLoss, "adam in the ball": AdamInBall, "priced": Priced, "mask": Masked, "filter": Filtered}

@@ -172,6 +172,10 @@ class Need:
         """The budget in which they can be made, before it is known how far off the prediction is; nats per token."""
         return self.predicted * RATIO / AIM
 
+    def share(self, allowed: float) -> float:
+        """How much of it a predicted drift of so many nats per token is; 1 where nothing is needed."""
+        return allowed / self.predicted if self.predicted > 0 else 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
@@ -230,8 +234,7 @@ class Budgeted(RuledMatrices):
         Where the prediction turns out to be better than on the bundled model there is room for more. Where it is worse,
         that is of what is spent on the few edits that are made, and says nothing about all.
         """
-        allowed = AIM * self.budget / min(self.ratio, RATIO)
-        return preference(allowed / self.need.predicted if self.need.predicted > 0 else 1.0, self.need.loss)
+        return preference(self.need.share(AIM * self.budget / min(self.ratio, RATIO)), self.need.loss)
 
     @property
     def weigh(self) -> Callable[[Tensor], Tensor] | None:
@@ -242,9 +245,8 @@ class Budgeted(RuledMatrices):
     def optimizer(self, lr: float) -> NaturalDescent:
         """Steepest descent in the metric; a step is ``lr`` times the ball's radius, or less if that will do."""
         metrics = [rule.metric for rule in self.priced]
-        needed = self.need.predicted
-        radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, needed)))
-        share = min(1.0, self.allowed / needed) if needed > 0 else 1.0
+        radius = math.sqrt(2 * math.sqrt(self.allowed * min(self.allowed, self.need.predicted)))
+        share = min(1.0, self.need.share(self.allowed))
         walk = min(1.0, STEPS / self.steps) ** (0.5 * share**2)
         return NaturalDescent(self.parameters, metrics, lr * walk * radius, self.steps)
 

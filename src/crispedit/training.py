@@ -337,7 +337,8 @@ class _Loop:
             logits, labels = self.logits(mine)
         counts = [self.logits.rows[index].num_targets for index in mine]
         tokens = sum(self.logits.rows[index].num_targets for index in chosen)
-        if self.reduction == "token" and self.trainee.weigh is None:
+        weigh = self.trainee.weigh
+        if self.reduction == "token" and weigh is None:
             if ranks.size() == 1:
                 loss = nn.functional.cross_entropy(logits.float(), labels)
             else:
@@ -348,9 +349,8 @@ class _Loop:
             parts = counted * whole / torch.tensor(counts).to(whole.device, non_blocking=True) / len(chosen)
         else:
             parts = counted * whole / tokens
-        if self.trainee.weigh is None:
-            return parts.sum(), parts.sum()
-        return parts.sum().detach(), (parts * self.trainee.weigh(whole.detach())).sum()
+        loss = parts.sum()
+        return (loss, loss) if weigh is None else (loss.detach(), (parts * weigh(whole.detach())).sum())
 
 
 def loss_by_row(logits: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:

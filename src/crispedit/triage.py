@@ -44,11 +44,11 @@ def weights(losses: Tensor, preference: float, loss: float) -> Tensor:
     """What edits weigh, exp(−q (L − L̄)): about 1 before any is made, so that steps do not change their length.
 
     Args:
-        losses: L, of their whole targets, nats, (edits,).
+        losses: L, of their whole targets, nats, (edits,); without a graph.
         preference: q, per nat.
         loss: L̄, the mean before any is made.
 
     Returns:
         Positive, of the same shape.
     """
-    return losses.detach().sub(loss).mul(-preference).clamp(min=-FURTHEST).exp()
+    return losses.sub(loss).mul(-preference).clamp(min=-FURTHEST).exp()
